@@ -34,7 +34,7 @@ from transformers import AutoModelForSequenceClassification
 from llm_adapters import BottleneckConfig
 from llm_adapters.architectures import decoder_layers
 from llm_adapters.bottleneck import BottleneckLayer
-from llm_adapters.bottleneck.layer import Tap
+from llm_adapters.bottleneck.wrapper import Tap
 from llm_adapters.errors import RequestError
 
 IDS = ids()

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
-from llm_adapters.bottleneck.config import BottleneckConfig
-from llm_adapters.bottleneck.layer import BottleneckLayer
+from llm_adapters.bottleneck.wrapper import Wrapper
 from llm_adapters.errors import RequestError
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
@@ -39,14 +39,14 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         )
 
 
-def check_modules_to_save(model: nn.Module, config: BottleneckConfig, targets: Iterable[str]) -> None:
+def check_modules_to_save(model: nn.Module, config: PeftConfig, targets: Iterable[str]) -> None:
     """Refuse `modules_to_save` that name nothing, or something in or around what is adapted.
 
     Raises:
         RequestError: the first such name.
     """
     names = [name for name, _ in model.named_modules()]
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}.union(targets)
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, Wrapper)}.union(targets)
     for wanted in config.modules_to_save or ():
         matching = [name for name in names if name.endswith(wanted)]  # as PEFT matches
         if not matching and wanted not in _CLASSIFIERS:
@@ -88,9 +88,10 @@ def check_checkpoint(model: nn.Module, name: str, tensors: Mapping[str, torch.Te
     own = {
         f"{path}.{attribute}.{key}": parameter
         for path, layer in model.named_modules()
-        if isinstance(layer, BottleneckLayer)
-        for attribute in layer.adapter_layer_names
-        for key, parameter in getattr(layer, attribute).named_parameters()
+        if isinstance(layer, Wrapper)
+        for attribute, container in layer.named_children()
+        if attribute != "base_layer"
+        for key, parameter in container.named_parameters()
         if key.partition(".")[0] == name
     }
     hint = "it belongs to another configuration or another base model"

@@ -26,7 +26,26 @@ INITIALISATIONS = ("identity", "paper")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class AdapterConfig(PeftConfig):
+    """What the configurations of this package's methods share: what their tuner keeps on them, beside the fields."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Only decoders are supported, and without a task type PEFT would lose `generate`'s adapter routing.
+        self.task_type: str = self.task_type or "CAUSAL_LM"
+        self.from_folder = False  # read together with weights, which are still to come
+        self.undo: Callable[[], None] | None = None  # takes the adapter out again should they not fit
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> PeftConfig:
+        """Read the configuration from the folder of an adapter (see `PeftConfig.from_pretrained`)."""
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config.from_folder = True
+        return config
+
+
+@dataclass
+class BottleneckConfig(AdapterConfig):
     """A small network ``delta(h) = f(h W_down) W_up`` inserted into a frozen decoder.
 
     Series adapters (Houlsby et al. 2019; arXiv 2304.01933, eq. 2) act on a sub-layer's output before the residual is
@@ -70,22 +89,11 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BottleneckType.BOTTLENECK
-        # Only decoders are supported, and without a task type PEFT would lose `generate`'s adapter routing.
-        self.task_type: str = self.task_type or "CAUSAL_LM"
-        self.from_folder = False  # read together with weights, which are still to come
-        self.undo: Callable[[], None] | None = None  # takes the adapter out again should they not fit
         self._check_where()
         self._check_network()
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> PeftConfig:
-        """Read the configuration from the folder of an adapter (see `PeftConfig.from_pretrained`)."""
-        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config.from_folder = True
-        return config
-
     def _check_where(self) -> None:
-        placement = _names("placement", self.placement)
+        placement = names_in("placement", self.placement)
         if not placement:
             raise RequestError("placement is empty: choose attention, mlp or both")
         for name in placement:
@@ -93,13 +101,13 @@ class BottleneckConfig(PeftConfig):
                 raise unknown("placement", name, PLACEMENTS)
         self.placement = [p for p in PLACEMENTS if p in placement]
         if not isinstance(self.target_modules, str | None):
-            self.target_modules = sorted(_names("target_modules", self.target_modules))  # a set has no order to save
+            self.target_modules = sorted(names_in("target_modules", self.target_modules))  # a set has no order to save
         if isinstance(self.insertion, dict):
             if not self.insertion:
                 raise RequestError("insertion is an empty mapping: give module names, or 'series' or 'parallel'")
             if self.target_modules not in (None, sorted(self.insertion)):
                 raise RequestError("an insertion mapping already says which modules: leave target_modules out")
-            self.target_modules = sorted(_names("insertion", self.insertion))
+            self.target_modules = sorted(names_in("insertion", self.insertion))
         for value in self.insertion.values() if isinstance(self.insertion, dict) else [self.insertion]:
             if value not in INSERTIONS:
                 raise unknown("insertion", value, INSERTIONS)
@@ -128,7 +136,7 @@ class BottleneckConfig(PeftConfig):
                 if isinstance(index, bool) or not isinstance(index, int):
                     raise RequestError(f"layers has {index!r}: only whole numbers are allowed")
         if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+            self.modules_to_save = names_in("modules_to_save", self.modules_to_save)
 
     def _check_network(self) -> None:
         from transformers.activations import ACT2FN
@@ -165,7 +173,7 @@ class BottleneckConfig(PeftConfig):
         return AFTER if value == "series" else value
 
 
-def _names(field_name: str, value: Any) -> list[str]:
+def names_in(field_name: str, value: Any) -> list[str]:
     """The names in `value`, which may be one name alone."""
     names: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [None]
     if not all(isinstance(name, str) for name in names):

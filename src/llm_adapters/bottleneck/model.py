@@ -13,16 +13,9 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from llm_adapters.bottleneck import checks
-from llm_adapters.bottleneck.config import BottleneckConfig
-from llm_adapters.bottleneck.layer import (
-    MERGE_REFUSED,
-    BottleneckLayer,
-    Plan,
-    install_tap,
-    move_taps,
-    remove_unused,
-)
+from llm_adapters.bottleneck.layer import BottleneckLayer
 from llm_adapters.bottleneck.places import plan
+from llm_adapters.bottleneck.wrapper import Wrapper, install_tap, move_taps, remove_unused
 from llm_adapters.errors import RequestError
 
 
@@ -37,9 +30,9 @@ class BottleneckModel(BaseTuner):
     """
 
     prefix = "bottleneck_"
-    tuner_layer_cls = BottleneckLayer
+    tuner_layer_cls: type[Wrapper] = BottleneckLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  the architecture rows say where
-    _plans: dict[str, Plan] = {}  # noqa: RUF012  replaced while an adapter is injected
+    _plans: dict[str, Any] = {}  # noqa: RUF012  replaced while an adapter is injected
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` arrives here only for MPT, whose routing PEFT leaves out."""
@@ -59,7 +52,7 @@ class BottleneckModel(BaseTuner):
         try:
             checks.check_adapter_name(model, adapter_name)
             remove_unused(model)
-            self._plans = plan(model, config)
+            self._plans = self._plan(model, config)
             checks.check_modules_to_save(model, config, self._plans)
             checks.check_keys(kwargs.get("state_dict"), self.prefix, self._plans)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -79,7 +72,7 @@ class BottleneckModel(BaseTuner):
             self.unload()
             vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it tries
         for module in model.modules():
-            if isinstance(module, BottleneckLayer):
+            if isinstance(module, Wrapper):
                 module.discard(adapter_name)
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
@@ -115,15 +108,20 @@ class BottleneckModel(BaseTuner):
         if adapter_name in active and left:  # PEFT asks the first layer alone, which may have had no other adapter
             self.set_adapter(left)
 
+    def _plan(self, model: nn.Module, config: Any) -> dict[str, Any]:
+        """What the adapter does at which module: by the module's full name, what the layer's `update_layer` takes."""
+        return plan(model, config)
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
-        return key in (self._plans or plan(self.model, peft_config))  # outside of an injection: to show what matches
+        # Outside of an injection, PEFT asks it to show what matches.
+        return key in (self._plans or self._plan(self.model, peft_config))
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -131,7 +129,7 @@ class BottleneckModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
+        layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         here = self._plans[current_key]
         layer.update_layer(adapter_name, here, peft_config)
         if layer is not target:
@@ -148,7 +146,7 @@ class BottleneckModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
-        raise RequestError(MERGE_REFUSED)
+        raise RequestError(self.tuner_layer_cls.merge_refused)
 
     def unload(self) -> nn.Module:
         """Take every adapter out and return the base model as it was, with its own `modules_to_save`."""
@@ -181,7 +179,7 @@ class BottleneckModel(BaseTuner):
             checks.check_batch(names, inputs.shape[0])
         else:  # `forward`, whose inputs PEFT doesn't show here
             handles.append(self.model.register_forward_pre_hook(partial(checks.check_forward, names), with_kwargs=True))
-        layers = [m for m in self.model.modules() if isinstance(m, BottleneckLayer)]
+        layers = [m for m in self.model.modules() if isinstance(m, Wrapper)]
         copies = {m: m._active_adapter for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)}
         try:
             for layer in layers:

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -10,7 +11,8 @@ from torch import nn
 
 from llm_adapters import architectures
 from llm_adapters.bottleneck.config import AFTER, BEFORE, PARALLEL, BottleneckConfig
-from llm_adapters.bottleneck.layer import BottleneckLayer, Plan
+from llm_adapters.bottleneck.layer import BottleneckLayer
+from llm_adapters.bottleneck.wrapper import Plan, Wrapper
 from llm_adapters.errors import RequestError
 
 
@@ -25,8 +27,19 @@ def plan(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
         A `Plan` for each module, by its full name in `model`.
 
     Raises:
-        RequestError: a target matches nothing, lies inside another or in no known layer; the family cannot be told; or
-            the model would bypass the adapted module.
+        RequestError: as `find` and `check_free` say.
+    """
+    found = find(model, config)
+    check_free(model, found, BottleneckLayer)
+    return found
+
+
+def find(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
+    """The places of `config` in `model`, whatever else is there.
+
+    Raises:
+        RequestError: a target matches nothing or lies in no known layer; the family cannot be told; or the model would
+            bypass the adapted module.
     """
     settings = architectures.text_config(model)
     if getattr(settings, "slow_but_exact", False) and getattr(settings, "pretraining_tp", 1) > 1:
@@ -35,15 +48,23 @@ def plan(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
             "adapter: set model.config.slow_but_exact = False"
         )
     if config.target_modules is None:
-        found = _plan_sublayers(model, config, settings.hidden_size)
-    else:
-        found = _plan_targets(model, config)
+        return _plan_sublayers(model, config, settings.hidden_size)
+    return _plan_targets(model, config)
+
+
+def check_free(model: nn.Module, found: Collection[str], kind: type[Wrapper]) -> None:
+    """Refuse places that a wrapper of the class `kind` cannot take.
+
+    Raises:
+        RequestError: a place lies inside another, inside or around what an adapter of the model wraps, or is wrapped by
+            another kind of adapter.
+    """
     for outer in found:
         inner = next((name for name in found if name.startswith(outer + ".")), None)
         if inner:
             raise RequestError(f"target {inner} lies inside target {outer}: name one of them")
     for name in found:
-        wrapper = next((n for n in _parents(name) if isinstance(model.get_submodule(n), BottleneckLayer)), None)
+        wrapper = next((n for n in _parents(name) if isinstance(model.get_submodule(n), Wrapper)), None)
         if wrapper:
             raise RequestError(
                 f"target {name} lies inside {wrapper}, which another adapter of this model wraps whole: "
@@ -51,14 +72,18 @@ def plan(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
             )
         target = model.get_submodule(name)
         # Wrapping a block renames what lies in it, and an adapter in there could not be saved as it was loaded.
-        if not isinstance(target, BottleneckLayer):
+        if isinstance(target, Wrapper) and not isinstance(target, kind):
+            raise RequestError(
+                f"target {name} already has an adapter of another method ({type(target).__name__}): "
+                "load the two adapters on two models"
+            )
+        if not isinstance(target, kind):
             for part, module in target.named_modules():
                 if part and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                     raise RequestError(
                         f"target {name} holds {part}, which another adapter of this model wraps: "
                         "adapt the same modules, or load the two adapters on two models"
                     )
-    return found
 
 
 def _plan_sublayers(model: nn.Module, config: BottleneckConfig, width: int) -> dict[str, Plan]:
@@ -78,7 +103,7 @@ def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]
     if config.layers is not None:
         prefix, stack = architectures.decoder_layers(model)
         inside = tuple(f"{prefix}.{architectures.checked_index(i, len(stack))}." for i in config.layers)
-    wrappers = [name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)]
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, Wrapper)]
     result = {}
     for name, module in model.named_modules():
         if not name or not name.startswith(inside) or any(name.startswith(wrapper + ".") for wrapper in wrappers):
@@ -104,7 +129,7 @@ def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]
 
 def _widths(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
     """Number of features that a module takes and gives."""
-    base = module.get_base_layer() if isinstance(module, BottleneckLayer) else module
+    base = module.get_base_layer() if isinstance(module, Wrapper) else module
     if not isinstance(base, nn.Embedding | nn.ModuleList):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")
