@@ -1,6 +1,9 @@
 """The catalogue of methods: each row trains, says what it can do, and refuses what it cannot read."""
 
 import warnings
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -13,8 +16,21 @@ from llm_adapters.errors import RequestError
 IDS = torch.arange(3, 21).reshape(2, 9)
 
 
+@cache
+def trained(family: str) -> list[Path]:
+    """The folders of two adapters of different kind that a fusion can combine."""
+    folders = []
+    for method in ("series", "parallel"):
+        model = adapted(method, family, init_weights="paper")
+        folders.append(Path(mkdtemp()))
+        model.save_pretrained(folders[-1])
+    return folders
+
+
 def adapted(method: str, family: str = "llama", **options: object) -> torch.nn.Module:
     model = tiny_model(family)
+    if method == "fusion":
+        options["adapters"] = trained(family)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

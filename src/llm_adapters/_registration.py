@@ -1,6 +1,6 @@
-"""Registers the bottleneck method with PEFT at the moment PEFT is imported.
+"""Registers this package's methods with PEFT at the moment PEFT is imported.
 
-``import llm_adapters`` promises that ``PeftModel.from_pretrained`` then knows the method, and ``llm-adapters --help``
+``import llm_adapters`` promises that ``PeftModel.from_pretrained`` then knows the methods, and ``llm-adapters --help``
 promises an answer within half a second, which rules out importing PEFT (and with it torch) to keep the first promise.
 """
 
@@ -30,7 +30,7 @@ class _AfterPeft:
             # Only now: transformers looks for PEFT (`find_spec`) long before anyone imports it.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module("llm_adapters.bottleneck")
+            _register()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -39,6 +39,11 @@ class _AfterPeft:
 def register_with_peft() -> None:
     """Register now if PEFT is loaded, else as soon as it is."""
     if "peft" in sys.modules:
-        importlib.import_module("llm_adapters.bottleneck")
+        _register()
     else:
         sys.meta_path.insert(0, _AfterPeft())
+
+
+def _register() -> None:
+    for method in ("bottleneck", "fusion"):
+        importlib.import_module(f"llm_adapters.{method}")

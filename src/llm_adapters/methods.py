@@ -1,7 +1,8 @@
 """The names people type for an adapter method, each a row that becomes a `PeftConfig` for the model at hand.
 
-Series and parallel adapters are this package's; every other method is PEFT's own. A row says which options it starts
-from, where it goes on a model (from the architecture row), and what it can do; tests and docs read the same rows.
+Series and parallel adapters and their fusion are this package's; every other method is PEFT's own. A row says which
+options it starts from, where it goes on a model (from the architecture row), and what it can do; tests and docs read
+the same rows.
 """
 
 import dataclasses
@@ -110,6 +111,14 @@ METHODS: dict[str, Method] = {
             "parallel adapter with ReLU and a factor of 4 (He et al. 2022, section 4.6)",
             "BOTTLENECK",
             {**_PARALLEL, "scaling": 4.0, "non_linearity": "relu"},
+            mergeable=False,
+            mixed_batch=True,
+            recompute=True,
+        ),
+        Method(
+            "fusion",
+            "attention over trained, frozen series and parallel adapters (Pfeiffer et al. 2021)",
+            "FUSION",
             mergeable=False,
             mixed_batch=True,
             recompute=True,
@@ -242,7 +251,8 @@ def _peft_methods() -> dict[str, tuple[str, type]]:
     """PEFT's own methods: lower-case name -> (PEFT's key, configuration class)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    import llm_adapters.bottleneck  # noqa: F401  its entry is in PEFT's table only after this
+    import llm_adapters.bottleneck
+    import llm_adapters.fusion  # noqa: F401  their entries are in PEFT's table only after this
 
     return {key.value.lower(): (key.value, config) for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 

@@ -144,7 +144,8 @@ def _widths(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
 
 
 def _suggestion(model: nn.Module) -> str:
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".bottleneck_" not in name]
+    ours = (".bottleneck_", ".fusion_")
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not any(part in n for part in ours)]
     names = sorted({part for name in linears if (part := name.removesuffix(".base_layer").rpartition(".")[2])})
     return f"; its linear layers end in {', '.join(names[:20])}" if names else ""
 
