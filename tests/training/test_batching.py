@@ -3,15 +3,15 @@
 from collections import Counter
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
+from llm_adapters.acceleration import split
 from llm_adapters.errors import RequestError
 from llm_adapters.tasks.examples import Example
 from llm_adapters.tasks.prompts import Encoded
-from llm_adapters.training.batching import ByLength, make_collator, prepare
+from llm_adapters.training.batching import Collator, Shuffle, prepare
 from llm_adapters.training.recipe import DataSettings
 
 EXAMPLES = [Example(question=f"What is {n} plus {n}?", response="so " * n + f"{2 * n}") for n in range(1, 21)]
@@ -73,30 +73,78 @@ def test_what_leaves_nothing_to_train_on_is_an_error() -> None:
         prepare(EXAMPLES, tiny_tokenizer(), settings(max_length=65), seed=1, context=64)
 
 
-def test_the_collator_pads_on_the_right_and_labels_no_first_token() -> None:
-    short, long = Encoded([5, 6], [5, 6], 0), Encoded([7, 8, 9], [-100, 8, 9], 1)
-    made = make_collator(0)([short, long])
-    assert made["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
-    assert made["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert made["labels"].tolist() == [[-100, 6, -100], [-100, 8, 9]]
-    assert all(value.dtype == torch.int64 for value in made.values())
+SHORT, LONG = Encoded([5, 6], [5, 6], 0), Encoded([7, 8, 9], [-100, 8, 9], 1)
 
 
-@given(st.lists(st.integers(1, 99), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 3))
-def test_the_sampler_gives_each_example_once_and_sorts_within_a_step_only(
-    lengths: list[int], batch_size: int, seed: int
+def test_padded_rows_are_padded_on_the_right_and_no_first_token_is_a_label() -> None:
+    (micro,) = Collator(0, packed=False).cut([SHORT, LONG])
+    assert {name: rows.tolist() for name, rows in micro.inputs.items()} == {
+        "input_ids": [[7, 8, 9], [5, 6, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+    }
+    assert micro.at.tolist() == [0, 1, 3]  # the place before each label
+    assert micro.targets.tolist() == [8, 9, 6]
+    assert (micro.tokens, micro.pack) == (5, None)
+
+
+def test_a_pack_holds_the_common_beginning_once() -> None:
+    one = Encoded([7, 7, 7, 1, 2], [-100, -100, -100, -100, 2], 4)
+    other = Encoded([7, 7, 7, 3], [-100, -100, -100, 3], 3)
+    (micro,) = Collator(0).cut([other, one])
+    assert micro.pack is not None
+    # The last of the three predicts a label of the second example, so that it is not shared.
+    assert micro.pack.prefix == 2
+    assert micro.pack.input_ids.tolist() == [[7, 7, 7, 1, 2, 7, 3]]
+    assert micro.pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
+    assert (micro.at.tolist(), micro.targets.tolist()) == ([3, 5], [2, 3])
+    assert micro.tokens == 9
+
+
+def test_where_the_prompt_is_labelled_nothing_is_shared() -> None:
+    one, other = Encoded([7, 7, 1], [7, 7, 1], 2), Encoded([7, 7, 2], [7, 7, 2], 2)
+    (micro,) = Collator(0).cut([one, other])
+    assert micro.pack is not None
+    assert micro.pack.prefix == 0
+    assert micro.targets.tolist() == [7, 1, 7, 2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=25),
+    st.integers(1, 120),
+    st.integers(1, 30),
+    st.booleans(),
+)
+def test_every_label_is_predicted_once_from_the_token_before_it(
+    sizes: list[tuple[int, int]], tokens: int, most: int, packed: bool
 ) -> None:
-    sampler = ByLength(lengths, batch_size, seed)
-    order = list(sampler)
-    assert Counter(order) == Counter(range(len(lengths)))
-    assert list(sampler) == order  # the same epoch, the same order
-    for start in range(0, len(order), batch_size):
-        step = [lengths[i] for i in order[start : start + batch_size]]
-        assert step == sorted(step, reverse=True)
+    data = []
+    for index, (prompt, answer) in enumerate(sizes):
+        ids = [1, 1, *(100 * index + n for n in range(2, prompt + answer + 2))]
+        data.append(Encoded(ids, [-100] * (prompt + 2) + ids[prompt + 2 :], prompt + 2))
+    cut = Collator(0, packed, tokens, most)(data)
+    pairs = []
+    for micro in cut["micro_batches"]:
+        row = micro.inputs["input_ids"].flatten()
+        pairs += zip(row[micro.at].tolist(), micro.targets.tolist(), strict=True)
+        one = len(micro.pack.lengths) if micro.pack else len(micro.inputs["input_ids"])
+        assert one <= most
+        assert row.numel() <= tokens or one == 1
+    expected = [(e.input_ids[i - 1], e.labels[i]) for e in data for i in range(1, len(e.labels)) if e.labels[i] != -100]
+    assert Counter(pairs) == Counter(expected)
+    assert len(cut["labels"]) == len(expected)
+    assert sum(micro.tokens for micro in cut["micro_batches"]) == sum(len(e.input_ids) for e in data)
 
 
-def test_the_sampler_draws_another_order_in_each_epoch() -> None:
-    sampler = ByLength(list(range(50)), 4, seed=0)
+def test_packs_are_of_about_equal_size() -> None:
+    packs = split([100] * 13, prefix=20, budget=420)
+    assert sorted(len(pack) for pack in packs) == [4, 4, 5]
+
+
+def test_the_sampler_gives_each_example_once_and_another_order_in_each_epoch() -> None:
+    sampler = Shuffle(50, seed=0)
     first = list(sampler)
+    assert Counter(first) == Counter(range(50))
+    assert list(sampler) == first
     sampler.set_epoch(1)
     assert list(sampler) != first
+    assert list(Shuffle(50, seed=1)) != first

@@ -34,7 +34,7 @@ def test_mappings_files_and_objects_give_the_same_recipe(tmp_path: Path) -> None
         ({"training": {"epoch": 3}}, "epoch"),
         ({"training": {"epochs": "many"}}, "many"),
         ({"data": {"template": "alpacca"}}, "alpacca"),
-        ({"training": {"batch_size": 10, "micro_batch_size": 4}}, "multiple"),
+        ({"training": {"micro_batch_tokens": 0}}, "micro_batch_tokens"),
         ({"training": {"learning_rate": 0}}, "learning_rate is 0"),
         ({"training": {"learning_rate": float("nan")}}, "learning_rate is nan"),
         ({"training": {"epochs": -1}}, "epochs is -1"),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from llm_adapters.training.recipe import DataSettings
 
 if TYPE_CHECKING:
     import torch
+
+    from llm_adapters.acceleration import Pack
 
 
 @dataclass(frozen=True)
@@ -125,62 +127,149 @@ def prepare(
     )
 
 
-def make_collator(pad_token_id: int) -> Callable[[list[Encoded]], "dict[str, torch.Tensor]"]:
-    """A function that pads encoded examples on the right to the longest of them.
+@dataclass
+class MicroBatch:
+    """Sequences that are computed at once: a pack, or rows padded on the right.
 
     On the right, a pad can never be seen by a token (attention is causal) and positions start at 0 in every family,
     also after the virtual tokens of prefix and prompt tuning.
 
-    Returns:
-        A function from examples to `input_ids`, `attention_mask` and `labels`, each (examples, longest), int64.
+    Attributes:
+        inputs: what the model takes: `input_ids` and, for padded rows, `attention_mask`, each (rows, tokens).
+        at: (labels,): where in the flattened `input_ids` the labels are predicted, one place before each.
+        targets: (labels,): the labels.
+        pack: the pack, where it is one.
+        tokens: number of tokens, no padding counted and a shared prefix counted for every sequence.
     """
 
-    import torch
+    inputs: "dict[str, torch.Tensor]"
+    at: "torch.Tensor"
+    targets: "torch.Tensor"
+    pack: "Pack | None"
+    tokens: int
 
-    def collate(examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    def arguments(self) -> dict[str, Any]:
+        """For the forward of an accelerated model, which returns the sum of the losses (see `Acceleration`)."""
+        width = self.inputs["input_ids"].shape[1]
+        return {**self.inputs, "at": self.at, "targets": self.targets, "pack": self.pack, "width": width}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Cuts the examples of an optimiser step into micro-batches of neighbours in length.
+
+    The loss is normalised by the labels of the whole step, so that the cut changes nothing but time and memory.
+
+    Args:
+        pad_token_id: fills padded rows.
+        packed: packs, with the prompt's common beginning computed once in each; else padded rows.
+        tokens: the most tokens (of padded rows, places) of a micro-batch; a longer example is one of its own.
+        most: the most examples of a micro-batch; None for no limit.
+        device: where the micro-batches go.
+    """
+
+    pad_token_id: int
+    packed: bool = True
+    tokens: int = 1024
+    most: int | None = None
+    device: Any = None
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
+        """The micro-batches of one step, and in ``labels`` all their targets, which Trainer counts."""
+        import torch
+
+        micro_batches = self.cut(examples)
+        return {"labels": torch.cat([micro.targets for micro in micro_batches]), "micro_batches": micro_batches}
+
+    def cut(self, examples: Sequence[Encoded]) -> list[MicroBatch]:
+        """Cut `examples` into micro-batches."""
+        lengths = [len(example.input_ids) for example in examples]
+        if self.packed:
+            from llm_adapters.acceleration import split
+
+            groups = split(lengths, _shared(examples), self.tokens, self.most)
+            return [self._pack([examples[i] for i in group]) for group in groups]
+        order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+        micro_batches = []
+        while order:
+            rows = max(1, min(self.tokens // lengths[order[0]], self.most or len(order)))
+            micro_batches.append(self._pad([examples[i] for i in order[:rows]]))
+            order = order[rows:]
+        return micro_batches
+
+    def _pack(self, examples: list[Encoded]) -> MicroBatch:
+        from llm_adapters.acceleration import Pack
+
+        shared = _shared(examples)
+        pack = Pack.of([example.input_ids for example in examples], shared, self.device)
+        starts = [start - shared for start in pack.starts]
+        return self._micro_batch({"input_ids": pack.input_ids}, starts, examples, pack)
+
+    def _pad(self, examples: list[Encoded]) -> MicroBatch:
+        import torch
+
         width = max(len(e.input_ids) for e in examples)
 
         def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+            return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=self.device)
 
-        # No token predicts the first one, so that a label there would only be counted, never used.
-        labels = [[IGNORED, *e.labels[1:]] for e in examples]
-        return {
-            "input_ids": padded([e.input_ids for e in examples], pad_token_id),
+        inputs = {
+            "input_ids": padded([e.input_ids for e in examples], self.pad_token_id),
             "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
-            "labels": padded(labels, IGNORED),
         }
+        return self._micro_batch(inputs, [row * width for row in range(len(examples))], examples, None)
 
-    return collate
+    def _micro_batch(
+        self, inputs: "dict[str, torch.Tensor]", starts: list[int], examples: list[Encoded], pack: "Pack | None"
+    ) -> MicroBatch:
+        """`starts`: where each example's first token is in the flattened input, or would be without a shared prefix."""
+        import torch
+
+        at, targets = [], []
+        for start, example in zip(starts, examples, strict=True):
+            # No token predicts the first one, so that a label there has no place.
+            found = [place for place in range(1, len(example.labels)) if example.labels[place] != IGNORED]
+            at += [start + place - 1 for place in found]
+            targets += [example.labels[place] for place in found]
+        return MicroBatch(
+            inputs,
+            torch.tensor(at, dtype=torch.int64, device=self.device),
+            torch.tensor(targets, dtype=torch.int64, device=self.device),
+            pack,
+            sum(len(example.input_ids) for example in examples),
+        )
 
 
-class ByLength:
-    """A sampler that shuffles, then sorts each optimiser step by length, so that micro-batches pad little.
+def _shared(examples: Sequence[Encoded]) -> int:
+    """How many tokens all examples begin with before the first that predicts a label: those may be computed once."""
+    from llm_adapters.acceleration import common_prefix
 
-    Each step still sees a random sample of the data: only its cutting into micro-batches is by length, and the loss
-    does not depend on that, so the mathematics is that of a plain shuffle.
+    first = min(next(i for i, label in enumerate(e.labels) if i and label != IGNORED) for e in examples)
+    return min(common_prefix([example.input_ids for example in examples]), first - 1)
+
+
+class Shuffle:
+    """A sampler whose order depends on nothing but the seed and the epoch, so that a resumed run goes on in it.
 
     Args:
-        lengths: number of tokens of each example.
-        batch_size: examples per optimiser step (of this process).
+        count: number of examples.
         seed: with the epoch, decides the order.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of that pass over the data."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def __iter__(self) -> Any:
-        order = list(range(len(self.lengths)))
+        order = list(range(self.count))
         random.Random(f"{self.seed}-{self.epoch}").shuffle(order)
-        for start in range(0, len(order), self.batch_size):
-            yield from sorted(order[start : start + self.batch_size], key=lambda i: -self.lengths[i])
+        return iter(order)
 
 
 def _fingerprint(examples: list[Example]) -> str:

@@ -70,7 +70,9 @@ class TrainingSettings:
         epochs: passes over the training data.
         max_steps: stop after so many optimiser steps, whatever `epochs` says; null for no limit.
         batch_size: sequences per optimiser step, over all processes.
-        micro_batch_size: sequences computed at once; the loss does not depend on it.
+        micro_batch_tokens: the most tokens computed at once, which decides memory and speed; the loss does not
+            depend on it.
+        micro_batch_size: the most sequences computed at once; null for no limit but the tokens.
         learning_rate: the peak learning rate of AdamW.
         warmup: steps until the peak; below 1, the share of all steps.
         schedule: what the learning rate does after the peak.
@@ -78,6 +80,7 @@ class TrainingSettings:
         max_grad_norm: gradients are scaled down to this norm.
         seed: of the adapter's initial weights, the order of the data and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        accelerate: compute the same with less work, wherever that is possible (the manifest says where).
         log_every: steps between lines in log.jsonl.
         evaluate_every: steps between measurements of the validation loss; null for once an epoch.
         save_every: steps between checkpoints to resume from; null for once an epoch.
@@ -89,7 +92,8 @@ class TrainingSettings:
     epochs: float = 3
     max_steps: int | None = None
     batch_size: int = 16
-    micro_batch_size: int = 4
+    micro_batch_tokens: int = 1024
+    micro_batch_size: int | None = None
     learning_rate: float = 3e-4
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -97,6 +101,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     seed: int = 42
     gradient_checkpointing: bool = False
+    accelerate: bool = True
     log_every: int = 5
     evaluate_every: int | None = None
     save_every: int | None = None
@@ -155,6 +160,7 @@ class Recipe:
         t, d, e = self.training, self.data, self.evaluation
         for key, value, least in (
             ("training.batch_size", t.batch_size, 1),
+            ("training.micro_batch_tokens", t.micro_batch_tokens, 1),
             ("training.micro_batch_size", t.micro_batch_size, 1),
             ("training.log_every", t.log_every, 1),
             ("training.max_steps", t.max_steps, 1),
@@ -180,11 +186,6 @@ class Recipe:
         ):
             if not 0 < number < float("inf"):
                 raise RequestError(f"{key} is {number}: it must be above 0 and finite")
-        if t.batch_size % t.micro_batch_size:
-            raise RequestError(
-                f"training.batch_size is {t.batch_size}, which is not a multiple of training.micro_batch_size, "
-                f"{t.micro_batch_size}"
-            )
         if d.validation >= 1 and d.validation != int(d.validation):
             raise RequestError(f"data.validation is {d.validation}: a whole number of examples, or a share below 1")
         for key, on in (

@@ -17,6 +17,7 @@ import yaml
 
 from llm_adapters import methods, models
 from llm_adapters._version import __version__
+from llm_adapters.acceleration import Acceleration
 from llm_adapters.errors import RequestError, WorkError
 from llm_adapters.files import write_json, write_text
 from llm_adapters.tasks.catalog import load_training_data
@@ -100,11 +101,12 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
-    recorder, state = _fit(model, base, data, recipe, folder, resumes, progress)
+    with Acceleration(model, recipe.training.accelerate) as fast:
+        recorder, state = _fit(model, base, data, recipe, folder, resumes, progress, fast.packs)
     _check_finite(model)
     model.eval()
     save_adapter(model, folder / "adapter", recipe.data.template)
-    manifest = _manifest(recipe, base, model, data, recorder, state, time.monotonic() - started)
+    manifest = _manifest(recipe, base, model, data, recorder, state, time.monotonic() - started, fast.report)
     write_json(folder / "manifest.json", manifest)  # last: its presence says that the run is finished
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return Run(folder, manifest, recorder.losses, model, base.tokenizer)
@@ -188,6 +190,7 @@ def _fit(
     folder: Path,
     resumes: bool,
     progress: bool,
+    packed: bool,
 ) -> tuple[Any, Any]:
     """Run Trainer; returns the recorder and Trainer's final state."""
     import contextlib
@@ -204,7 +207,13 @@ def _fit(
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
-        data_collator=batching.make_collator(base.tokenizer.pad_token_id),
+        data_collator=batching.Collator(
+            base.tokenizer.pad_token_id,
+            packed,
+            recipe.training.micro_batch_tokens,
+            recipe.training.micro_batch_size,
+            base.device,
+        ),
         train_dataset=data.train,
         eval_dataset=data.validation or None,
         callbacks=[stop],
@@ -219,7 +228,7 @@ def _fit(
     if checkpoint:
         logger.warning("going on from %s", checkpoint.name)
     display = TrainingProgress(_steps(recipe, len(data.train))) if progress else None
-    recorder = Recorder(folder, data.counts()["train_tokens"], display)
+    recorder = Recorder(folder, trainer, display)
     trainer.add_callback(recorder)
     with display or contextlib.nullcontext(), stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -246,11 +255,8 @@ def _arguments(recipe: Recipe, checkpoints: Path, examples: int, device: Any) ->
 
     t = recipe.training
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if t.batch_size % (t.micro_batch_size * world):
-        raise RequestError(
-            f"training.batch_size is {t.batch_size}: it must be a multiple of micro_batch_size x processes, "
-            f"{t.micro_batch_size} x {world}"
-        )
+    if t.batch_size % world:
+        raise RequestError(f"training.batch_size is {t.batch_size}: it must be a multiple of the {world} processes")
     per_epoch = _steps_per_epoch(recipe, examples)
     evaluate_every = t.evaluate_every or per_epoch
     # Keeping the best adapter means having saved it, so that both then happen at the same steps.
@@ -259,9 +265,8 @@ def _arguments(recipe: Recipe, checkpoints: Path, examples: int, device: Any) ->
         output_dir=str(checkpoints),
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
-        per_device_train_batch_size=t.micro_batch_size,
-        per_device_eval_batch_size=t.micro_batch_size,
-        gradient_accumulation_steps=t.batch_size // (t.micro_batch_size * world),
+        per_device_train_batch_size=t.batch_size // world,
+        per_device_eval_batch_size=t.batch_size // world,
         learning_rate=t.learning_rate,
         warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),
         lr_scheduler_type=t.schedule if t.schedule != "constant" else "constant_with_warmup",
@@ -284,7 +289,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, examples: int, device: Any) ->
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
+        dataloader_pin_memory=False,  # the collator puts its tensors where they are needed
     )
 
 
@@ -304,6 +309,7 @@ def _manifest(
     recorder: Any,
     state: Any,
     seconds: float,
+    acceleration: dict[str, str],
 ) -> dict[str, Any]:
     """Everything that tells another person what this run was."""
     import torch
@@ -346,12 +352,13 @@ def _manifest(
             **data.counts(),
             "questions": leakage.fingerprint(data.questions).to_dict(),
         },
+        "acceleration": acceleration,
         "steps": state.global_step,
         "epochs": state.epoch,
         "final_loss": next((line["loss"] for line in reversed(recorder.losses) if "loss" in line), None),
         "best_validation_loss": state.best_metric,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(recorder.tokens(state) / max(seconds, 1e-9), 1),
+        "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
         "peak_memory_bytes": peak_memory(),
         "command": sys.argv if sys.argv and sys.argv[0].endswith("llm-adapters") else None,
     }

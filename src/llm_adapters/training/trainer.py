@@ -1,5 +1,6 @@
 """transformers' Trainer with this project's loss, order of data and validation, and the callbacks of a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,44 +16,58 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_adapters.errors import WorkError
-from llm_adapters.training.batching import ByLength
-from llm_adapters.training.loss import label_loss
+from llm_adapters.training.batching import Shuffle
 
 COMPLETE = "complete"  # written last into a checkpoint: without it the save was cut off
 
 
 class AdapterTrainer(Trainer):
-    """Trainer whose loss is normalised by the labels of the whole step and computed at the labels only."""
+    """Trainer whose batch is a whole optimiser step, cut into micro-batches by the collator.
+
+    The loss is the mean over the labels of the step, however it is cut and over however many processes.
+    """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes Trainer count a step's labels over micro-batches and ranks
-        self._loss_shifts_labels = True
+        self.model_accepts_loss_kwargs = True  # makes Trainer count a step's labels over the ranks
+        self._loss_shifts_labels = False  # the collator's labels are the targets alone
+        self.tokens_seen = 0
 
-    def compute_loss(
+    def training_step(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        """The label loss over the step's number of labels; a loss that is not finite ends the run."""
-        loss = label_loss(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise WorkError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate, or use "
-                "model.dtype float32 or bfloat16 instead of float16"
-            )
-        # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
-        loss = loss * self.accelerator.num_processes
-        return (loss, None) if return_outputs else loss
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The gradients of one optimiser step; a loss that is not finite ends the run."""
+        model.train()
+        micro_batches = inputs["micro_batches"]
+        count = num_items_in_batch if num_items_in_batch is not None else len(inputs["labels"])
+        total = torch.zeros((), device=self.args.device)
+        for index, micro in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
+                    loss = model(**micro.arguments())["loss"] / count * self.accelerator.num_processes
+                if not torch.isfinite(loss):
+                    raise WorkError(
+                        f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate,"
+                        " or use model.dtype float32 or bfloat16 instead of float16"
+                    )
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.tokens_seen += sum(micro.tokens for micro in micro_batches)
+        return total
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
-        data = self.train_dataset if train_dataset is None else train_dataset
-        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength([len(e.input_ids) for e in data], per_step, self.args.seed)
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer's estimate knows nothing of packs."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffle:
+        return Shuffle(len(self.train_dataset if train_dataset is None else train_dataset), self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Trainer's version lets PEFT ask the hub whether the frozen embeddings have changed.
@@ -68,9 +83,9 @@ class AdapterTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.inference_mode():
             for batch in self.get_eval_dataloader():
-                batch = self._prepare_inputs(batch)
-                labels = (batch["labels"][:, 1:] != -100).sum()
-                total += torch.stack([label_loss(model, batch, 1.0).double(), labels.double()])
+                for micro in batch["micro_batches"]:
+                    total[0] += model(**micro.arguments())["loss"].double()
+                    total[1] += len(micro.targets)
         model.train(was_training)
         gathered = self.accelerator.reduce(total, "sum")
         metrics = {"eval_loss": (gathered[0] / gathered[1]).item()}
@@ -84,28 +99,27 @@ class Recorder(TrainerCallback):
 
     Args:
         folder: the run folder.
-        tokens_per_epoch: tokens of the training data, no padding counted.
+        trainer: knows how many tokens it has seen, no padding counted.
         display: called with the latest numbers after every step; None for silence.
     """
 
-    def __init__(self, folder: Path, tokens_per_epoch: int, display: "Any | None" = None) -> None:
+    def __init__(self, folder: Path, trainer: AdapterTrainer, display: "Any | None" = None) -> None:
         self.path = folder / "log.jsonl"
-        self.tokens_per_epoch = tokens_per_epoch
+        self.trainer = trainer
         self.display = display
         self.started_at = 0.0
-        self.started_epoch = 0.0
         self.losses: list[dict[str, float]] = []
 
-    def tokens(self, state: TrainerState) -> float:
-        """Tokens trained on since this process started."""
-        return ((state.epoch or 0.0) - self.started_epoch) * self.tokens_per_epoch
+    @property
+    def tokens(self) -> int:
+        """Tokens that all processes have trained on since this one started."""
+        return self.trainer.tokens_seen * self.trainer.accelerator.num_processes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock; after a resume, forget the lines that the checkpoint does not know."""
         self.started_at = time.monotonic()
-        self.started_epoch = state.epoch or 0.0
         if self.path.exists():
             lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
             self.losses = [line for line in lines if line["step"] <= state.global_step]
@@ -127,7 +141,8 @@ class Recorder(TrainerCallback):
         if not state.is_world_process_zero or not known:
             return
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **known}
-        line |= {"seconds": round(seconds, 2), "tokens_per_second": round(self.tokens(state) / max(seconds, 1e-9), 1)}
+        line |= {"seconds": round(seconds, 3), "tokens": self.tokens}
+        line |= {"tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1)}
         bad = [k for k, v in known.items() if not math.isfinite(v)]
         if bad:
             raise WorkError(f"{bad[0]} is {known[bad[0]]} at step {state.global_step}: lower training.learning_rate")
@@ -145,7 +160,7 @@ class Recorder(TrainerCallback):
             control.should_log = True
         if self.display and state.is_world_process_zero:
             seconds = time.monotonic() - self.started_at
-            self.display.step(state.global_step, self.tokens(state) / max(seconds, 1e-9))
+            self.display.step(state.global_step, self.tokens / max(seconds, 1e-9))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint as whole: only such a one is resumed from."""

@@ -1,0 +1,234 @@
+"""Faster forwards of single modules: PEFT's LoRA on a linear layer, the bottleneck's delta, RMS norms, gated MLPs.
+
+Each computes what the module's own forward does, in the precision of the hidden state, with adapter weights kept as
+they are (float32 masters), and keeps for the backward pass only what cannot be had again for less.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llm_adapters.acceleration import dropout
+
+# --- LoRA
+
+
+class _LoraLinear(torch.autograd.Function):
+    """``x W^T + b + s * (dropout(x) A^T) B^T`` with W frozen (Hu et al. 2022, eq. 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        p: float,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), (b * scale).to(x.dtype)
+        zeros = dropout.dropped(flat.numel(), p, x.device) if p else None
+        seen = flat if zeros is None else dropout.drop(flat, zeros, p)
+        middle = functional.linear(seen, a)
+        out = functional.linear(flat, weight, bias).addmm_(middle, b.t())
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, weight, a, b, middle, zeros)
+            ctx.scale, ctx.p = scale, p
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, weight, a, b, middle, zeros = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        grad = gradients[0].reshape(-1, gradients[0].shape[-1])
+        d_middle = grad @ b
+        seen = flat if zeros is None else dropout.drop(flat, zeros, ctx.p)
+        d_a = (d_middle.t() @ seen).to(torch.float32)
+        d_b = (grad.t() @ middle).to(torch.float32).mul_(ctx.scale)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = grad @ weight
+            if zeros is None:
+                d_x.addmm_(d_middle, a)
+            else:
+                d_x += dropout.drop(d_middle @ a, zeros, ctx.p)
+            d_x = d_x.view_as(x)
+        return d_x, None, None, d_a, d_b, None, None
+
+
+def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The frozen weight (out, in) and bias under PEFT's LoRA `layer`; None where the fused forward does not fit it."""
+    from peft.tuners.lora.layer import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    if type(layer) is not Linear:
+        return None
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D) or any(p.requires_grad for p in base.parameters()):
+        return None
+    return (base.weight.t() if type(base) is Conv1D else base.weight), base.bias
+
+
+def lora_forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PEFT's LoRA linear layer, fused; `own` is its forward, for whatever the fused one does not do."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    weight = lora_weight(layer)
+    plain = (
+        weight is not None
+        and len(active) == 1
+        and not (args or kwargs or layer.disable_adapters or layer.merged)
+        and active[0] not in layer.lora_variant
+        and not layer.lora_bias[active[0]]
+        and x.dtype == weight[0].dtype
+    )
+    if weight is None or not plain:
+        return own(x, *args, **kwargs)
+    name = active[0]
+    p = layer.lora_dropout[name].p if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout) else 0.0
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _LoraLinear.apply(x, *weight, a, b, float(layer.scaling[name]), p)
+
+
+# --- the bottleneck
+
+
+def bottleneck_delta(layer: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """`BottleneckLayer.delta` in the precision of `hidden`, where the layer's own is in that of the adapter."""
+    config, down, up = layer.options[name], layer.bottleneck_down[name], layer.bottleneck_up[name]
+    kind = hidden.dtype
+    h = hidden
+    if config.bottleneck_dropout and layer.training:
+        h = SparseDropout.apply(h, config.bottleneck_dropout)
+    inner = functional.linear(h, down.weight.to(kind), None if down.bias is None else down.bias.to(kind))
+    scale = layer.bottleneck_scale[name] if config.scaling == "learned" else config.scaling
+    weight, bias = up.weight, up.bias
+    if not (isinstance(scale, float) and scale == 1.0):
+        # Scaling the weight, a few hundred rows, and not the delta, all tokens'.
+        weight, bias = weight * scale, None if bias is None else bias * scale
+    return functional.linear(layer.activations[name](inner), weight.to(kind), None if bias is None else bias.to(kind))
+
+
+class SparseDropout(torch.autograd.Function):
+    """Dropout that keeps the indices of what it dropped (see `dropout.dropped`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        """`x`, any shape, with each entry dropped with probability `p`."""
+        zeros = dropout.dropped(x.numel(), p, x.device)
+        ctx.save_for_backward(zeros)
+        ctx.p = p
+        return dropout.drop(x.contiguous(), zeros, p)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """The same entries of the gradient."""
+        (zeros,) = ctx.saved_tensors
+        return dropout.drop(gradients[0].contiguous(), zeros, ctx.p), None
+
+
+# --- norms
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``w * x / rms(x)`` over the last dimension, w frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        width = x.shape[-1]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = torch.rsqrt(norm.square_().div_(width).add_(eps))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        scaled = gradients[0] * weight
+        # d/dx (w x r), with r = rms(x)^-1: r * (g w) - x * r^3 * mean(g w x)
+        along = (scaled * x).sum(-1, keepdim=True, dtype=torch.float32)
+        along.mul_(inverse).mul_(inverse).mul_(inverse).div_(-x.shape[-1])
+        out = scaled * inverse
+        return out.addcmul_(x.to(out.dtype), along).to(x.dtype), None, None
+
+
+def rms_parts(module: nn.Module) -> tuple[torch.Tensor, float] | None:
+    """w and eps for which `module` is ``w * x / rms(x)``, found by trying; None where it is something else."""
+    parameters = dict(module.named_parameters())
+    eps = next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
+    if list(parameters) != ["weight"] or list(module.children()) or eps is None:
+        return None
+    weight = parameters["weight"]
+    if weight.dim() != 1 or weight.requires_grad:
+        return None
+    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            expected = module(x)
+        except Exception:  # a module that takes something else is simply not this one
+            return None
+        for candidate in (weight, weight + 1):  # gemma keeps the weight's distance from 1
+            if expected.shape == x.shape and _close(_RmsNorm.apply(x, candidate, eps), expected):
+                return candidate, eps
+    return None
+
+
+def rms_forward(own: Any, weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
+    """An RMS norm, fused."""
+    return own(x) if x.dtype != weight.dtype else _RmsNorm.apply(x, weight, eps)
+
+
+# --- gated MLPs
+
+
+class _SiluGate(torch.autograd.Function):
+    """``silu(gate) * up``; keeps the two factors and neither the activation nor the product."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        grad = gradients[0]
+        d_up = functional.silu(gate).mul_(grad) if ctx.needs_input_grad[1] else None
+        d_gate = torch.ops.aten.silu_backward(grad * up, gate) if ctx.needs_input_grad[0] else None
+        return d_gate, d_up
+
+
+def is_silu_mlp(module: nn.Module) -> bool:
+    """Whether `module` is ``down(silu(gate(x)) * up(x))``, found by its children and by trying."""
+    children = dict(module.named_children())
+    act = children.pop("act_fn", getattr(module, "act_fn", None))
+    if sorted(children) != ["down_proj", "gate_proj", "up_proj"] or list(module.parameters(recurse=False)):
+        return False
+    if not callable(act):
+        return False
+    weight = next(children["gate_proj"].parameters())
+    width = getattr(children["gate_proj"], "in_features", None)
+    if width is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, width, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            return torch.equal(act(x), functional.silu(x)) and _close(silu_mlp_forward(module, x), module(x))
+        except Exception:  # a module that takes something else is simply not this one
+            return False
+
+
+def silu_mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A gated MLP with the gate's product in one function."""
+    return module.down_proj(_SiluGate.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    room = 1e-5 if expected.dtype == torch.float32 else 2e-2
+    return bool((found - expected).abs().max() <= room * (expected.abs().max() + 1e-6))

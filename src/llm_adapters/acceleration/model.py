@@ -1,0 +1,226 @@
+"""`accelerate`: turn on what makes a model faster and changes nothing, tell what is on, and turn it off again."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm_adapters.acceleration import attention, head, layers
+from llm_adapters.acceleration.packing import Pack
+
+ON = "on"
+# How far apart two ways to the same hidden state may be, relative to its size: rounding is, a leak between segments,
+# a wrong position or a wrong norm is not.
+_ROOM = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+class Acceleration:
+    """A model's faster forwards, as a context: inside, they are on; afterwards the model is as it was.
+
+    Every fast path is tried against the model's own forward before it is used, and one that differs stays off.
+
+    Args:
+        model: a transformers decoder, or a `PeftModel` around one.
+        on: False leaves every fast path off (the label loss of the model's forward remains).
+
+    Attributes:
+        report: for each fast path ``"on"``, or why it is off; for the manifest.
+    """
+
+    def __init__(self, model: nn.Module, on: bool = True) -> None:
+        self.model, self.on = model, on
+        self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.report: dict[str, str] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    # --- on and off
+
+    def __enter__(self) -> "Acceleration":
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self._probe_and_install()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.model.train(was_training)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model its own forwards back."""
+        while self._undo:
+            self._undo.pop()()
+
+    @property
+    def packs(self) -> bool:
+        """Whether `hidden` and `loss` take packs."""
+        return self.report.get("packing") == ON
+
+    def _probe_and_install(self) -> None:
+        self._override(self.base, functools.partial(_causal_forward, self, self.base.forward))
+        if not self.on:
+            self.report = dict.fromkeys(("packing", "shared prefix", "fused head"), "not asked for")
+            return
+        sequences = _probe_sequences(self.base)
+        refused = _why_not(self.model, self.base)
+        with torch.no_grad():
+            expected = None if refused else [self._plain(sequence) for sequence in sequences]
+            self._install_layers()
+            if expected is not None:
+                refused = self._install_packing(sequences, expected)
+            self.report["packing"] = self.report["shared prefix"] = refused or ON
+            self.report["fused head"] = self._why_no_head(sequences[0]) or ON
+
+    def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._undo.append(functools.partial(module.__delattr__, "forward"))
+
+    def _install_layers(self) -> None:
+        from llm_adapters.bottleneck.layer import BottleneckLayer
+
+        counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
+        for module in self.base.modules():
+            if layers.lora_weight(module) is not None:
+                self._override(module, functools.partial(layers.lora_forward, module, module.forward))
+                counts["fused LoRA"] += 1
+            elif isinstance(module, BottleneckLayer):
+                module.delta = functools.partial(layers.bottleneck_delta, module)  # type: ignore[method-assign]
+                self._undo.append(functools.partial(module.__delattr__, "delta"))
+                counts["bottleneck in the base's precision"] += 1
+            elif (parts := layers.rms_parts(module)) is not None:
+                self._override(module, functools.partial(layers.rms_forward, module.forward, *parts))
+                counts["RMS norm"] += 1
+            elif layers.is_silu_mlp(module):
+                self._override(module, functools.partial(layers.silu_mlp_forward, module))
+                counts["gated MLP"] += 1
+        self.report |= {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
+
+    def _install_packing(self, sequences: list[list[int]], expected: list[torch.Tensor]) -> str | None:
+        """Why packing stays off; None where it is on."""
+        attention.register()
+        before = self.base.config._attn_implementation
+        self.base.set_attn_implementation(attention.NAME)
+        refused = None
+        try:
+            pack = Pack.of(sequences, prefix=3, device=self.base.device)
+            found = self.hidden(pack)[0]
+            parts = found[3:].split(list(pack.lengths))
+            for part, whole in zip(parts, expected, strict=True):
+                refused = refused or _differs(torch.cat((found[:3], part)), whole)
+        except attention.Unsupported as error:
+            refused = str(error)
+        except Exception as error:  # families differ in more ways than can be listed
+            refused = f"its forward does not take packs ({type(error).__name__})"
+        if refused:
+            self.base.set_attn_implementation(before)
+        else:
+            self._undo.append(lambda: self.base.set_attn_implementation(before))
+        return refused
+
+    def _why_no_head(self, sequence: list[int]) -> str | None:
+        """Why the head's product and the loss cannot be one; None where they can."""
+        output = self.base.get_output_embeddings()
+        if type(output) is not nn.Linear or any(p.requires_grad for p in output.parameters()):
+            return "the output head is trained, or is no plain linear layer"
+        if (
+            getattr(self.model, "active_peft_config", None) is not None
+            and self.model.active_peft_config.is_prompt_learning
+        ):
+            return "the method puts tokens before the sequence"
+        ids = torch.tensor([sequence], device=self.base.device)
+        hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = self.base(input_ids=ids, use_cache=False).logits
+        return _differs(output(hidden), logits) and "the family changes the logits after its output head"
+
+    # --- forwards
+
+    def _plain(self, sequence: list[int]) -> torch.Tensor:
+        ids = torch.tensor([sequence], device=self.base.device)
+        return self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+    def hidden(self, pack: Pack, **kwargs: Any) -> torch.Tensor:
+        """The decoder's last hidden states of a pack, (1, tokens, width)."""
+        return self.base.base_model(
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            attention_mask=attention.no_mask(pack),
+            pack=pack,
+            **({"use_cache": False} | kwargs),
+        ).last_hidden_state
+
+
+def _causal_forward(
+    acceleration: Acceleration,
+    own: Any,
+    *args: Any,
+    at: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    pack: Pack | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The causal model's forward; with `at` and `targets`, the sum of the losses there.
+
+    It is a forward, and no function beside the model, so that wrappers (PEFT's, DDP's) see the call. `at` counts the
+    places of the row of a `pack`, or of the flattened padded `input_ids`.
+    """
+    if at is None or targets is None:
+        return own(*args, **kwargs)
+    base = acceleration.base
+    if acceleration.report["fused head"] == ON:
+        if pack is not None:
+            hidden = acceleration.hidden(pack)
+        else:
+            inputs = {key: kwargs[key] for key in ("input_ids", "attention_mask")}
+            hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
+        output = base.get_output_embeddings()
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)
+        return {"loss": head.head_loss(chosen, output.weight, output.bias, targets)}
+    width = kwargs.pop("width")
+    first = 0
+    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+        first = int((at % width).min()) if len(at) else width - 1
+        kwargs["logits_to_keep"] = width - first
+    if pack is not None:
+        kwargs |= {"position_ids": pack.position_ids, "attention_mask": attention.no_mask(pack), "pack": pack}
+    logits = own(*args, **kwargs | {"use_cache": False}).logits[:, first - width :]
+    chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, at // width * (width - first) + at % width - first)
+    loss = nn.functional.cross_entropy(chosen.float(), targets, reduction="sum")
+    return {"loss": loss if len(at) else logits.sum() * 0}  # zero, and yet a gradient for every rank to share
+
+
+def _is_prompt_learning(model: Any) -> bool:
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning
+
+
+def _why_not(model: Any, base: Any) -> str | None:
+    """Why packs are not even tried."""
+    if _is_prompt_learning(model):
+        return "the method puts tokens before the sequence"
+    module = inspect.getmodule(type(base))
+    if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return f"{base.config.model_type} has attention code of its own"
+    return None
+
+
+def _probe_sequences(base: Any) -> list[list[int]]:
+    """Three sequences of different lengths that begin alike."""
+    rows = base.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(0, rows, (3,), generator=generator).tolist()
+    return [start + torch.randint(0, rows, (n,), generator=generator).tolist() for n in (6, 1, 4)]
+
+
+def _differs(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    distance = float((found.float() - expected.float()).norm() / expected.float().norm())
+    if distance <= _ROOM.get(expected.dtype, 1e-4):
+        return None
+    return f"its results would differ by {distance:.2g}"

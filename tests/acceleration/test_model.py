@@ -1,0 +1,211 @@
+"""Fast paths change nothing: same loss, same gradients, and the model is as it was afterwards."""
+
+import pytest
+import torch
+from acceleration_helpers import NAMED, OPTIONS, adapted, assert_same, examples, gradients, plain_loss
+from tiny import FAMILIES
+from torch import nn
+
+from llm_adapters.acceleration import ON, Acceleration
+from llm_adapters.training.batching import Collator
+
+# Families whose attention cannot take packs, each with the reason that is reported.
+UNPACKED = {
+    "bloom": "attention code of its own",
+    "falcon": "attention code of its own",
+    "gpt_neo": "attention code of its own",
+    "mpt": "attention code of its own",
+    "gemma2": "softcap",
+    "stablelm": "would differ",  # its layers do not hand on what the attention needs to know
+}
+
+
+def fast_loss(fast: Acceleration, chosen: list, **cut: object) -> torch.Tensor:
+    micro_batches = Collator(0, fast.packs, **cut).cut(chosen)
+    return sum((fast.model(**micro.arguments())["loss"] for micro in micro_batches), torch.zeros(()))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_plain_model(family: str, method: str) -> None:
+    model = adapted(family, method).train()
+    chosen = examples()
+    plain = plain_loss(model, chosen)
+    expected = gradients(model, plain)
+    with Acceleration(model) as fast:
+        loss = fast_loss(fast, chosen)
+        found = gradients(model, loss)
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_on_and_why_the_rest_is_not(family: str) -> None:
+    model = adapted(family, "series")
+    with Acceleration(model) as fast:
+        if family in UNPACKED:
+            assert UNPACKED[family] in fast.report["packing"]
+        else:
+            assert fast.report["packing"] == fast.report["shared prefix"] == ON
+
+
+@pytest.mark.parametrize("family", NAMED)
+@pytest.mark.parametrize("cut", [{"most": 1}, {"most": 4}, {"most": 16}, {"tokens": 30}, {"tokens": 1}])
+def test_the_cut_into_micro_batches_changes_nothing(family: str, cut: dict) -> None:
+    model = adapted(family, "lora").train()
+    chosen = examples(16)
+    expected = plain_loss(model, chosen)
+    with Acceleration(model) as fast:
+        torch.testing.assert_close(fast_loss(fast, chosen, **cut), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_packed_is_padded_and_a_shared_prefix_is_one_of_each(family: str) -> None:
+    model = adapted(family, "lora").train()
+    alike, different = examples(6, shared=9), examples(6, shared=0)
+    with Acceleration(model) as fast:
+        for chosen in (alike, different):
+            padded = sum(fast.model(**m.arguments())["loss"] for m in Collator(0, packed=False).cut(chosen))
+            torch.testing.assert_close(fast_loss(fast, chosen), padded, rtol=1e-5, atol=0)
+        if fast.packs:
+            (micro,) = Collator(0).cut(alike)
+            assert micro.pack is not None
+            assert micro.pack.prefix >= 9
+            assert micro.pack.tokens == micro.tokens - 5 * micro.pack.prefix
+
+
+def test_no_token_sees_another_segment() -> None:
+    """Changing one example of a pack leaves the hidden states of the others bit for bit as they were."""
+    model = adapted("llama", "lora").eval()
+    one, other = examples(4), examples(4)
+    other[2] = examples(4, seed=9)[2]
+    other[2].input_ids[:6] = one[2].input_ids[:6]
+    with Acceleration(model) as fast, torch.no_grad():
+        packs = [Collator(0).cut(chosen)[0].pack for chosen in (one, other)]
+        hidden = [fast.hidden(pack)[0] for pack in packs]
+    start = packs[0].starts
+    places = [i for i, length in enumerate(packs[0].lengths) if length != len(one[2].input_ids) - packs[0].prefix]
+    assert len(places) == 3
+    for place in places:
+        span = slice(start[place], start[place] + packs[0].lengths[place])
+        assert torch.equal(hidden[0][span], hidden[1][span])
+    assert not torch.equal(hidden[0], hidden[1])
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral"])
+def test_sliding_windows_are_kept(family: str) -> None:
+    from acceleration_helpers import without_dropout
+
+    model = without_dropout(family, sliding_window=5)
+    chosen = examples(5)
+    with Acceleration(model) as fast:
+        assert fast.packs
+        torch.testing.assert_close(fast_loss(fast, chosen), plain_loss(model, chosen), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "series"])
+def test_gradient_checkpointing_gives_the_same_gradients(method: str) -> None:
+    model = adapted("llama", method).train()
+    expected = gradients(model, plain_loss(model, examples()))
+    model.enable_input_require_grads()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    with Acceleration(model) as fast:
+        assert_same(gradients(model, fast_loss(fast, examples())), expected)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_methods_before_the_sequence_take_padded_rows(method: str) -> None:
+    model = adapted("llama", method).train()
+    chosen = examples()
+    # PEFT's logits of a prompt adapter begin with the virtual tokens'.
+    plain = torch.zeros(())
+    for example in chosen:
+        ids = torch.tensor([example.input_ids])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+        plain = plain + nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(example.labels)[1:], ignore_index=-100, reduction="sum"
+        )
+    expected = gradients(model, plain)
+    with Acceleration(model) as fast:
+        assert "before the sequence" in fast.report["packing"]
+        assert_same(gradients(model, fast_loss(fast, chosen)), expected)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_in_bfloat16_it_stays_near_float32(method: str) -> None:
+    """And adapters keep float32 weights and gradients."""
+    exact = plain_loss(adapted("llama", method).train(), examples())
+    model = adapted("llama", method, torch.bfloat16).train()
+    rounding = (plain_loss(model, examples()) - exact).abs()  # of the plain way: the yardstick
+    with Acceleration(model) as fast:
+        assert fast.packs
+        loss = fast_loss(fast, examples())
+        found = gradients(model, loss)
+    assert (loss - exact).abs() < 2 * rounding + 0.01 * exact
+    assert {g.dtype for g in found.values()} == {torch.float32}
+
+
+def test_attention_dropout_is_noise_around_the_same_loss() -> None:
+    """With next to none of it, the same loss and gradients; with much of it, the mean comes near."""
+    model = adapted("llama", "lora").train()
+    chosen = examples()
+    plain = plain_loss(model, chosen)
+    expected = gradients(model, plain)
+    attentions = [m for m in model.modules() if hasattr(m, "attention_dropout")]
+    assert attentions
+    for attention in attentions:
+        attention.attention_dropout = 1e-12
+    with Acceleration(model) as fast:
+        loss = fast_loss(fast, chosen)
+        assert_same(gradients(model, loss), expected)
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+        for attention in attentions:
+            attention.attention_dropout = 0.2
+        with torch.no_grad():
+            noisy = torch.stack([fast_loss(fast, chosen) for _ in range(50)])
+    assert noisy.std() > 0
+    assert abs(noisy.mean() - plain) < 0.1 * plain
+
+
+def test_off_means_off_and_still_the_same_loss() -> None:
+    model = adapted("llama", "lora").train()
+    expected = plain_loss(model, examples())
+    with Acceleration(model, on=False) as fast:
+        assert not fast.packs
+        assert set(fast.report.values()) == {"not asked for"}
+        torch.testing.assert_close(fast_loss(fast, examples()), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_the_model_is_as_it_was(method: str, fails: bool) -> None:
+    model = adapted("llama", method).eval()
+    ids = torch.tensor([examples()[3].input_ids])
+    expected = model(input_ids=ids).logits
+    before = model.get_base_model().config._attn_implementation
+    with pytest.raises(KeyError) if fails else Acceleration(model), Acceleration(model):
+        if fails:
+            raise KeyError
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert model.get_base_model().config._attn_implementation == before
+    assert not [m for m in model.modules() if "forward" in vars(m) or "delta" in vars(m)]
+
+
+def test_two_adapters_disabled_ones_and_merged_ones_take_their_own_way() -> None:
+    model = adapted("llama", "lora").eval()
+    model.add_adapter("other", model.peft_config["default"])
+    ids = torch.tensor([examples()[3].input_ids])
+
+    def unchanged() -> None:
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits
+            with Acceleration(model):
+                torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+    model.base_model.set_adapter(["default", "other"])
+    unchanged()
+    with model.disable_adapter():
+        unchanged()
+    model.set_adapter("default")
+    model.merge_adapter()
+    unchanged()
