@@ -57,6 +57,7 @@ def losses_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tens
 # --- one adapter, every family
 
 
+@pytest.mark.proves("starts as the base", "disabled is the base", "unloads")
 @methods
 @everything
 @torch.no_grad()
@@ -80,6 +81,7 @@ def test_starts_as_the_identity_disabled_is_the_base_and_unload_gives_it_back(fa
     assert torch.equal(base(IDS).logits, expected)
 
 
+@pytest.mark.proves("saves and loads")
 @methods
 @everything
 @torch.no_grad()
@@ -97,6 +99,7 @@ def test_saves_and_loads_bit_for_bit_under_any_name(family: str, method: str, tm
     assert all(torch.equal(own[key], tensor) for key, tensor in again.items())
 
 
+@pytest.mark.proves("trains nothing else")
 @methods
 @everything
 def test_trains_the_adapter_and_nothing_else(family: str, method: str) -> None:
@@ -114,6 +117,7 @@ def test_trains_the_adapter_and_nothing_else(family: str, method: str) -> None:
 MANIFEST = json.loads((Path(__file__).parent / "state_dict_keys.json").read_text())
 
 
+@pytest.mark.proves("stable keys")
 @methods
 @everything
 def test_keys_of_checkpoints_are_those_of_the_manifest(family: str, method: str) -> None:
@@ -125,6 +129,7 @@ def test_keys_of_checkpoints_are_those_of_the_manifest(family: str, method: str)
 # --- one adapter, the families that differ most
 
 
+@pytest.mark.proves("gradient checkpointing")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @methods
 @dear
@@ -149,6 +154,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, method: str, reentr
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.proves("half precision")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @methods
 @dear
@@ -186,6 +192,7 @@ def test_autocast(family: str, method: str) -> None:
     torch.testing.assert_close(routed[0], logits[0], atol=0.05, rtol=0.05)
 
 
+@pytest.mark.proves("generates")
 @methods
 @dear
 @torch.no_grad()
@@ -217,6 +224,7 @@ def test_hidden_states_and_attentions_are_recorded(family: str) -> None:
     assert [attention.shape[-2:] for attention in attentions] == [(IDS.shape[1], IDS.shape[1])] * LAYERS
 
 
+@pytest.mark.proves("merges", but="refused")
 @methods
 @dear
 @torch.no_grad()
@@ -231,6 +239,7 @@ def test_merging_is_refused(family: str, method: str) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.proves("copies and pickles")
 @methods
 @dear
 @torch.no_grad()
@@ -314,6 +323,7 @@ def test_transformers_own_adapter_methods(family: str, method: str, tmp_path: Pa
     assert torch.equal(again(IDS).logits, wanted)
 
 
+@pytest.mark.proves("modules_to_save")
 @methods
 @pytest.mark.parametrize("family", ["llama", "bloom", "opt", "gpt2"])
 def test_modules_to_save(family: str, method: str, tmp_path: Path) -> None:
@@ -371,6 +381,7 @@ def test_inference_mode_is_frozen(family: str, method: str, tmp_path: Path) -> N
 THREE = {"one": "series", "two": "series", "three": "parallel"}
 
 
+@pytest.mark.proves("several adapters", method=["series", "parallel"])
 @dear
 @torch.no_grad()
 def test_switching_and_deleting(family: str) -> None:
@@ -497,6 +508,7 @@ def one_at_a_time(model: PeftModel, run: Any) -> list[torch.Tensor]:
     return results
 
 
+@pytest.mark.proves("mixed batch", method=["series", "parallel"])
 @everything
 @torch.no_grad()
 def test_a_mixed_batch_is_each_alone(family: str) -> None:
@@ -511,6 +523,7 @@ def test_a_mixed_batch_is_each_alone(family: str) -> None:
     assert all(m.routing is None for m in model.modules() if isinstance(m, BottleneckLayer))
 
 
+@pytest.mark.proves("mixed batch generates", method=["series", "parallel"])
 @pytest.mark.parametrize("beams", [1, 4])
 @dear
 @torch.no_grad()
@@ -525,6 +538,7 @@ def test_a_mixed_batch_generates_token_for_token_what_each_does_alone(family: st
     assert len({tuple(row.tolist()) for row in mixed[:, MIXED.shape[1] :]}) > 1
 
 
+@pytest.mark.proves("mixed batch")
 @methods
 @dear
 @torch.no_grad()

@@ -146,6 +146,7 @@ OUTPUT_INSIDE = {
 PLACEMENTS = {"attention": ["attention"], "mlp": ["mlp"], "both": ["attention", "mlp"]}
 
 
+@pytest.mark.proves("formula", method="{insertion}")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("insertion", ["series", "parallel"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,6 +267,7 @@ def hook_linear(linear: nn.Module, insertion: str, delta: Delta) -> None:
         linear.register_forward_hook(lambda module, args, y: y + delta(args[0]))
 
 
+@pytest.mark.proves("formula", method="linears")
 @pytest.mark.parametrize("mixed", [False, True], ids=["one insertion", "mapping"])
 @pytest.mark.parametrize("insertion", ["before", "after", "parallel"])
 @pytest.mark.parametrize("family", LINEARS)

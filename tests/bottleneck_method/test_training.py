@@ -80,6 +80,7 @@ def test_two_steps_of_trl(tmp_path: Path) -> None:
     assert_only_the_adapter_moved(model, before)
 
 
+@pytest.mark.proves("compiles")
 @pytest.mark.parametrize("method", ["series", "parallel", "linears"])
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_compiled_is_the_same(family: str, method: str) -> None:

@@ -147,6 +147,7 @@ def reference(family: str, model: PeftModel, adapters: dict[str, PeftModel], nam
     return expected(IDS).logits
 
 
+@pytest.mark.proves("formula", method="fusion")
 @everything
 @torch.no_grad()
 def test_matches_hooks_on_the_plain_model(sources: Sources, family: str) -> None:
@@ -222,6 +223,7 @@ def test_adapters_on_linears(tmp_path: Path) -> None:
 # --- a PEFT method
 
 
+@pytest.mark.proves("disabled is the base", "unloads", method="fusion")
 @everything
 @torch.no_grad()
 def test_disabled_is_the_base_and_unload_gives_it_back(sources: Sources, family: str) -> None:
@@ -241,6 +243,7 @@ def test_disabled_is_the_base_and_unload_gives_it_back(sources: Sources, family:
     assert torch.equal(base(IDS).logits, expected)
 
 
+@pytest.mark.proves("saves and loads", method="fusion")
 @everything
 @torch.no_grad()
 def test_saves_and_loads_bit_for_bit_without_its_sources(sources: Sources, family: str, tmp_path: Path) -> None:
@@ -270,6 +273,7 @@ def test_saves_and_loads_bit_for_bit_without_its_sources(sources: Sources, famil
     assert torch.equal(other(IDS).logits, expected)
 
 
+@pytest.mark.proves("stable keys", method="fusion", family="llama")
 def test_keys_of_checkpoints(sources: Sources, tmp_path: Path) -> None:
     model = fused(sources, "llama", "series", "learned")
     tensors = get_peft_model_state_dict(model)
@@ -295,6 +299,7 @@ def test_keys_of_checkpoints(sources: Sources, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.proves("trains nothing else", method="fusion")
 @everything
 def test_trains_query_key_and_value_and_nothing_else(sources: Sources, family: str) -> None:
     model = fused(sources, family).train()
@@ -343,6 +348,7 @@ def test_frozen_means_without_dropout(sources: Sources) -> None:
         assert torch.equal(model.train()(IDS).logits, model.eval()(IDS).logits)
 
 
+@pytest.mark.proves("gradient checkpointing", method="fusion")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @dear
 def test_gradient_checkpointing_changes_nothing(sources: Sources, family: str, reentrant: bool) -> None:
@@ -365,6 +371,7 @@ def test_gradient_checkpointing_changes_nothing(sources: Sources, family: str, r
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.proves("half precision", method="fusion")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @dear
 def test_half_precision_bases_keep_the_fusion_in_fp32(sources: Sources, family: str, dtype: torch.dtype) -> None:
@@ -388,6 +395,7 @@ def test_half_precision_bases_keep_the_fusion_in_fp32(sources: Sources, family: 
         assert torch.isfinite(fused(sources, family)(IDS).logits).all()
 
 
+@pytest.mark.proves("merges", method="fusion", but="refused")
 @dear
 @torch.no_grad()
 def test_merging_is_refused(sources: Sources, family: str) -> None:
@@ -399,6 +407,7 @@ def test_merging_is_refused(sources: Sources, family: str) -> None:
         assert_unchanged(model, before)
 
 
+@pytest.mark.proves("generates", method="fusion")
 @dear
 @torch.no_grad()
 def test_generation_with_a_cache_is_generation_without(sources: Sources, family: str) -> None:
@@ -415,6 +424,7 @@ def two_fusions(sources: Sources, family: str) -> PeftModel:
     return model.eval()
 
 
+@pytest.mark.proves("several adapters", "mixed batch", "mixed batch generates", method="fusion")
 @dear
 @torch.no_grad()
 def test_several_fusions_on_one_model(sources: Sources, family: str) -> None:
@@ -446,6 +456,7 @@ def test_several_fusions_on_one_model(sources: Sources, family: str) -> None:
     assert not any(".default." in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.proves("copies and pickles", method="fusion")
 @dear
 @torch.no_grad()
 def test_copies_and_pickles(sources: Sources, family: str) -> None:
@@ -461,6 +472,7 @@ def test_copies_and_pickles(sources: Sources, family: str) -> None:
     assert torch.equal(loaded(IDS).logits, expected)
 
 
+@pytest.mark.proves("modules_to_save", method="fusion")
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @torch.no_grad()
 def test_auto_class_and_modules_to_save(sources: Sources, family: str, tmp_path: Path) -> None:
@@ -474,6 +486,7 @@ def test_auto_class_and_modules_to_save(sources: Sources, family: str, tmp_path:
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.proves("compiles", method="fusion", family="llama")
 def test_compiled_is_the_same(sources: Sources) -> None:
     model = fused(sources, "llama")
     expected = model(IDS).logits
