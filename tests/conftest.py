@@ -8,7 +8,7 @@ import pytest
 
 # The bottleneck's tests hold what those of other methods need too: its variants, and the capability table.
 sys.path.insert(0, str(Path(__file__).parent / "bottleneck_method"))
-from capabilities import pytest_addoption, pytest_configure  # noqa: E402, F401
+from capabilities import pytest_addoption, pytest_configure  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors gain nothing from a second thread, and threads that wait for each other on a busy machine lose a lot.

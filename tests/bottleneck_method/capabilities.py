@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import FAMILIES
 
+from llm_adapters.architectures import FAMILIES
 from llm_adapters.methods import METHODS
 
 PROPERTIES = {
