@@ -116,6 +116,15 @@ METHODS: dict[str, Method] = {
             recompute=True,
         ),
         Method(
+            "mam",
+            "mix-and-match: scaled parallel adapter and a prefix in the attention (He et al. 2022, section 4.6)",
+            "BOTTLENECK",
+            {**_PARALLEL, "bottleneck_size": 512, "scaling": 4.0, "non_linearity": "relu", "prefix_length": 30},
+            mergeable=False,
+            mixed_batch=True,
+            recompute=True,
+        ),
+        Method(
             "fusion",
             "attention over trained, frozen series and parallel adapters (Pfeiffer et al. 2021)",
             "FUSION",

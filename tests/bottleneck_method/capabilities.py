@@ -45,6 +45,7 @@ ROWS = (*METHODS, *VARIANTS)
 # By nature and not for want of a test.
 _NOT_APPLICABLE = {
     ("fusion", "starts as the base"),  # it starts as a mean of its adapters
+    ("mam", "starts as the base"),  # any prefix takes a share of the attention
     *((method, "starts as the base") for method in ("prefix", "prompt", "p-tuning")),  # random tokens are before it
     *((method, "modules_to_save") for method in ("prefix", "prompt", "p-tuning")),
     *((row.name, "stable keys") for row in METHODS.values() if row.peft_type not in ("BOTTLENECK", "FUSION")),  # PEFT's

@@ -489,10 +489,15 @@ def test_auto_class_and_modules_to_save(sources: Sources, family: str, tmp_path:
 @pytest.mark.proves("compiles", method="fusion", family="llama")
 def test_compiled_is_the_same(sources: Sources) -> None:
     model = fused(sources, "llama")
-    expected = model(IDS).logits
+    loss, gradients = loss_and_gradients(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(compiled(IDS).logits, expected, atol=1e-6, rtol=1e-6)
+    model.zero_grad()
+    again = torch.compile(model, backend="eager")(IDS, labels=IDS).loss
+    again.backward()
+    torch.testing.assert_close(again, loss, atol=1e-6, rtol=1e-6)
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-5)
 
 
 # --- what is refused, in a sentence, with nothing changed

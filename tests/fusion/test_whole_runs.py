@@ -1,4 +1,4 @@
-"""A fusion from a recipe: adapters are trained, fused, and the run is used like any other."""
+"""Compositions from a recipe: adapters are trained and fused, or mixed with a prefix, and the run is like any other."""
 
 import shutil
 import subprocess
@@ -48,6 +48,21 @@ def test_a_recipe_fuses_the_adapters_of_two_runs(tmp_path: Path) -> None:
         for folder in sources:
             shutil.rmtree(folder)
         assert torch.equal(llm_adapters.load(run.folder).model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_recipe_mixes_prefix_and_parallel_adapter(family: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", family)
+    run = train(recipe(model, "mam", bottleneck_size=8, prefix_length=4), tmp_path / "run", progress=False)
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    assert sum(tensor.shape[0] == 2 and tensor.shape[2] == 4 for key, tensor in weights.items() if "prefix" in key) == 2
+    losses = [line["loss"] for line in run.log if "loss" in line]
+    assert losses[-1] < losses[0]
+    with torch.inference_mode():
+        loaded = llm_adapters.load(run.folder).model
+        assert torch.equal(loaded(IDS).logits, run.model(IDS).logits)
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(IDS).logits, run.model(IDS).logits, atol=1e-3)
 
 
 def test_a_recipe_without_adapters_is_refused(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ class BottleneckConfig(AdapterConfig):
         use_bias: whether the two projections have a bias.
         init_weights: ``"identity"`` (W_up starts at zero, so that the model starts unchanged) or ``"paper"``
             (N(0, 0.02) on both, as the paper's code does).
+        prefix_length: number of learned keys and values that the attention blocks of the chosen `layers` get as well:
+            with a scaled parallel adapter, the mix-and-match adapter of He et al. 2022. They start at N(0, 0.02).
         modules_to_save: further modules to train and save, as in every PEFT method.
 
     Raises:
@@ -84,6 +86,7 @@ class BottleneckConfig(AdapterConfig):
     bottleneck_dropout: float = field(default=0.0)
     use_bias: bool = field(default=False)
     init_weights: bool | str = field(default="identity")
+    prefix_length: int = field(default=0)
     modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -160,6 +163,11 @@ class BottleneckConfig(AdapterConfig):
         dropout = self.bottleneck_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise RequestError(f"bottleneck_dropout is {dropout!r}: a number of at least 0 and below 1 is allowed")
+        length = self.prefix_length
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise RequestError(
+                f"prefix_length is {length!r}: a whole number of at least 0 is allowed (0 for no prefix)"
+            )
         if not isinstance(self.use_bias, bool):
             raise RequestError(f"use_bias is {self.use_bias!r}: true or false is allowed")
         if self.init_weights is True:

@@ -1,11 +1,13 @@
 """The layer: one module of the base model with the bottleneck adapters around it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from llm_adapters.bottleneck import prefix
 from llm_adapters.bottleneck.config import AFTER, BEFORE, PARALLEL, BottleneckConfig
 from llm_adapters.bottleneck.wrapper import Plan, Wrapper, source
 
@@ -67,14 +69,21 @@ class BottleneckLayer(Bottlenecks, Wrapper):
     series adapter in the order of activation, ``y <- y + s * delta(y)``, then the sum of the parallel deltas,
     ``y <- y + s * delta(h)``. Each network is ``delta(h) = f(dropout(h) W_down) W_up``, computed in the adapter's own
     precision and cast to that of the stream it is added to.
+
+    A prefix, (2, heads, length, width), is further keys and values of an attention block, which every token sees, as if
+    all were at the tokens' own start (Li and Liang 2021; He et al. 2022, eq. 5).
     """
 
-    adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale")
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale", "bottleneck_prefix")
     other_param_names = ("plans", "options", "activations")
     merge_refused = (
         "a bottleneck adapter cannot be merged: its non-linearity has no equal among the base model's weights. Keep it "
         "beside the base model (save_pretrained and PeftModel.from_pretrained), or train LoRA, which can be merged"
     )
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.bottleneck_prefix = nn.ParameterDict()
 
     def update_layer(self, adapter_name: str, plan: Plan, config: BottleneckConfig) -> None:
         """Add the adapter `adapter_name` to this module.
@@ -84,7 +93,12 @@ class BottleneckLayer(Bottlenecks, Wrapper):
             plan: where its delta goes and how wide it is.
             config: its hyper-parameters.
         """
-        self.add_network(adapter_name, plan, config)
+        if plan.insertion:
+            self.add_network(adapter_name, plan, config)
+        if plan.prefix is not None:
+            heads, width = plan.prefix
+            self.bottleneck_prefix[adapter_name] = nn.Parameter(torch.empty(2, heads, config.prefix_length, width))
+            nn.init.normal_(self.bottleneck_prefix[adapter_name], std=0.02)
         self.plans[adapter_name] = plan
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -103,6 +117,18 @@ class BottleneckLayer(Bottlenecks, Wrapper):
         return self.network(
             adapter_name, self._cast_input_dtype(hidden, self.bottleneck_down[adapter_name].weight.dtype)
         )
+
+    def change_call(
+        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The module's arguments with the adapters' prefixes in its cache and mask."""
+        names = [name for name in names if name in self.bottleneck_prefix]
+        if not names:
+            return args, kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen = [None if self.routing is None else self.routed(name, hidden) for name in names]
+        prefixes = [self.bottleneck_prefix[name] for name in names]
+        return prefix.put(self.base_layer, args, kwargs, list(zip(prefixes, seen, strict=True)))
 
     def change_input(self, names: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
         """The module's input after the ``before`` adapters, each of which reads the unchanged one."""

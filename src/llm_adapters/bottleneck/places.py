@@ -1,5 +1,6 @@
 """The places: which modules of a model a configuration adapts, and how wide the network is at each."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Collection
@@ -10,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from llm_adapters import architectures
+from llm_adapters.bottleneck import prefix
 from llm_adapters.bottleneck.config import AFTER, BEFORE, PARALLEL, BottleneckConfig
 from llm_adapters.bottleneck.layer import BottleneckLayer
 from llm_adapters.bottleneck.wrapper import Plan, Wrapper
@@ -48,8 +50,15 @@ def find(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
             "adapter: set model.config.slow_but_exact = False"
         )
     if config.target_modules is None:
-        return _plan_sublayers(model, config, settings.hidden_size)
-    return _plan_targets(model, config)
+        found = _plan_sublayers(model, config, settings.hidden_size)
+    else:
+        found = _plan_targets(model, config)
+    if config.prefix_length:
+        for name in _attention_blocks(model, config):
+            shape = prefix.shape_of(name, _unwrapped(model.get_submodule(name)), settings)
+            width = settings.hidden_size
+            found[name] = dataclasses.replace(found.get(name, Plan("", width, width)), prefix=shape)
+    return found
 
 
 def check_free(model: nn.Module, found: Collection[str], kind: type[Wrapper]) -> None:
@@ -95,6 +104,14 @@ def _plan_sublayers(model: nn.Module, config: BottleneckConfig, width: int) -> d
     return result
 
 
+def _attention_blocks(model: nn.Module, config: BottleneckConfig) -> list[str]:
+    """The attention blocks of the chosen layers: what a layer calls, which may hold the end of the sub-layer."""
+    architecture = architectures.architecture_of(model)
+    stack, _ = architectures.decoder_layers(model, inside=[architecture.attention.output])
+    block = architecture.attention.output.partition(".")[0]
+    return [f"{stack}.{site.layer}.{block}" for site in architectures.sites(model, ["attention"], config.layers)]
+
+
 def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
     targets = config.target_modules
     assert targets is not None
@@ -129,7 +146,7 @@ def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]
 
 def _widths(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
     """Number of features that a module takes and gives."""
-    base = module.get_base_layer() if isinstance(module, Wrapper) else module
+    base = _unwrapped(module)
     if not isinstance(base, nn.Embedding | nn.ModuleList):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")
@@ -141,6 +158,10 @@ def _widths(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
     raise RequestError(
         f"target {name} is a {type(base).__name__}: an adapter goes on a linear layer or on an attention or MLP block"
     )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, Wrapper) else module
 
 
 def _suggestion(model: nn.Module) -> str:

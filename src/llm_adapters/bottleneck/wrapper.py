@@ -17,16 +17,18 @@ class Plan:
     """What one adapter does at one module.
 
     Attributes:
-        insertion: ``before``, ``after`` or ``parallel``.
+        insertion: ``before``, ``after`` or ``parallel``; empty where there is nothing but a prefix.
         input_from: full name of the module whose input a parallel adapter reads; empty for the layer's own input.
         width: number of features that the adapter reads.
         output_width: number of features that it writes.
+        prefix: number of heads and their width in the keys of the attention block that gets a prefix; None for none.
     """
 
     insertion: str
     width: int
     output_width: int
     input_from: str = ""
+    prefix: tuple[int, int] | None = None
 
 
 class Tap:
@@ -85,6 +87,12 @@ class Wrapper(nn.Module, BaseTunerLayer):
         """What the adapter adds to the stream, (..., features), from the tensors it reads, each (..., features)."""
         raise NotImplementedError
 
+    def change_call(
+        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The module's arguments after the adapters `names`, apart from its input."""
+        return args, kwargs
+
     def change_input(self, names: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
         """The module's input after the adapters `names`."""
         return hidden
@@ -120,9 +128,10 @@ class Wrapper(nn.Module, BaseTunerLayer):
         hidden = args[0] if key is None else kwargs[key]
         changed = self.change_input(names, hidden)
         if key is None:
-            result = self.base_layer(changed, *args[1:], **kwargs)
+            args, kwargs = self.change_call(names, (changed, *args[1:]), kwargs)
         else:
-            result = self.base_layer(*args, **{**kwargs, key: changed})
+            args, kwargs = self.change_call(names, args, {**kwargs, key: changed})
+        result = self.base_layer(*args, **kwargs)
         # Blocks of some families return a tuple or a list, whose first item is the hidden state.
         if not isinstance(result, tuple | list):
             return self.change_output(names, result, hidden, tapped)
@@ -138,14 +147,18 @@ class Wrapper(nn.Module, BaseTunerLayer):
             return self.add(name, *viewed).view_as(stream)
         if self.routing is None:
             return stream + self.delta(name, *sources).to(stream.dtype)
+        rows = self.routed(name, stream).nonzero().flatten()
+        delta = self.delta(name, *(source.index_select(0, rows) for source in sources))
+        return stream.index_add(0, rows, delta.to(stream.dtype))
+
+    def routed(self, name: str, stream: torch.Tensor) -> torch.Tensor:
+        """Which rows of `stream` are routed to the adapter `name`: (rows,), true or false."""
+        assert self.routing is not None
         # Beams, and modules that see (batch * time, features), multiply the rows: a sequence's rows stay together.
         repeats, rest = divmod(stream.shape[0], len(self.routing))
         if rest:
             raise RuntimeError(f"{stream.shape[0]} rows do not divide among {len(self.routing)} adapter names")
-        mine = torch.tensor([n == name for n in self.routing for _ in range(repeats)], device=stream.device)
-        rows = mine.nonzero().flatten()
-        delta = self.delta(name, *(source.index_select(0, rows) for source in sources))
-        return stream.index_add(0, rows, delta.to(stream.dtype))
+        return torch.tensor([n == name for n in self.routing for _ in range(repeats)], device=stream.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: a non-linear adapter has no place in the base weights."""

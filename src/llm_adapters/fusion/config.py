@@ -94,4 +94,9 @@ def _read(folder: Path) -> dict[str, Any]:
             f"the adapter {str(folder)!r} trained whole modules beside it ({', '.join(config['modules_to_save'])}), "
             "which cannot be fused: train it without modules_to_save"
         )
+    if config.get("prefix_length"):
+        raise RequestError(
+            f"the adapter {str(folder)!r} has a prefix (prefix_length {config['prefix_length']}), which cannot be "
+            "fused: train it without one"
+        )
     return {name: config[name] for name in _DECISIVE if name in config}
