@@ -83,7 +83,7 @@ def test_is_a_plain_model_whose_cache_holds_the_prefix(family: str, monkeypatch:
 
 
 def test_an_attention_with_a_prefix_is_the_mean_of_two() -> None:
-    """He et al. 2022, eq. 5: (1 - λ) Attn(x, C) + λ Attn(x, P), λ the share of the softmax that the prefix gets."""
+    """He et al. 2022, eq. 7: (1 - λ) Attn(x, C) + λ Attn(x, P), λ the share of the softmax that the prefix gets."""
     model = mam("gpt2", layers=[0])
     model.set_attn_implementation("eager")
     block = model.base_model.model.transformer.h[0].attn
