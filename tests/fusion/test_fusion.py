@@ -456,6 +456,23 @@ def test_several_fusions_on_one_model(sources: Sources, family: str) -> None:
     assert not any(".default." in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@torch.no_grad()
+def test_active_fusions_add_up(sources: Sources, family: str) -> None:
+    model = two_fusions(sources, family)
+    layer = next(m for m in model.modules() if isinstance(m, FusionLayer) and len(m.plans["default"].adapters) == 3)
+    hidden = torch.randn(2, 3, layer.base_layer.in_features if family == "opt" else HIDDEN)
+
+    def out(*names: str) -> torch.Tensor:
+        model.base_model.set_adapter(list(names))
+        layer.tapped = hidden[..., :HIDDEN]
+        return layer(hidden)
+
+    alone = layer.base_layer(hidden)
+    torch.testing.assert_close(out("default", "second") - alone, out("default") + out("second") - 2 * alone, **CLOSE)
+    torch.testing.assert_close(out("default", "second"), out("second", "default"), **CLOSE)
+
+
 @pytest.mark.proves("copies and pickles", method="fusion")
 @dear
 @torch.no_grad()
