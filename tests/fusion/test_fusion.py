@@ -517,6 +517,15 @@ def test_compiled_is_the_same(sources: Sources) -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-5)
 
 
+def test_a_layer_compiles_without_a_break(sources: Sources) -> None:
+    layer = fused(sources, "llama").base_model.model.model.layers[0].mlp
+    assert isinstance(layer, FusionLayer)
+    hidden = torch.randn(2, 3, HIDDEN)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden), layer(hidden), atol=1e-6, rtol=1e-6)
+
+
 # --- what is refused, in a sentence, with nothing changed
 
 

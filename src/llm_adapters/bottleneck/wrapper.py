@@ -140,9 +140,12 @@ class Wrapper(nn.Module, BaseTunerLayer):
 
     def add(self, name: str, stream: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
         """``stream + delta(sources)``, for the sequences that are routed to `name` where there is a routing."""
-        shape = max((source.shape[:-1] for source in sources), key=len)
+        shape = stream.shape[:-1]
+        for source in sources:
+            if source.dim() > len(shape) + 1:
+                shape = source.shape[:-1]
         if any(tensor.shape[:-1] != shape for tensor in (stream, *sources)):
-            # a block that returns (batch * time, features)
+            # A block may return (batch * time, features).
             viewed = [tensor.view(*shape, -1) for tensor in (stream, *sources)]
             return self.add(name, *viewed).view_as(stream)
         if self.routing is None:
