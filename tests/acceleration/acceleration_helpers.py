@@ -85,4 +85,5 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found
     for name, tensor in expected.items():
         distance = (found[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-6)
-        assert distance < room, f"{name}: {distance:.2g}"
+        # A learned scale's gradient is one sum over all tokens, whose terms cancel.
+        assert distance < (10 * room if "_scale" in name else room), f"{name}: {distance:.2g}"

@@ -76,17 +76,16 @@ class _Packed(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         on_prefix, on_segments = pack.bias(window, query.dtype)
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        heads, tokens, _ = query.shape
+        out = query.new_empty(tokens, heads, value.shape[-1])
         keys, values = _with_prefix(key, pack), _with_prefix(value, pack)
-        queries = _segments(query, pack, len(key))
-        probabilities = _probabilities(queries, keys, on_segments, scale)
-        out[pack.prefix :] = _back(torch.bmm(probabilities, values), pack, len(query))
+        probabilities = _probabilities(_segments(query, pack, len(key)).mul_(scale), keys, on_segments)
+        _back(torch.bmm(probabilities, values), pack, out[pack.prefix :])
         first = query.new_empty(0)
         if pack.prefix:
             own = slice(0, pack.prefix)
-            grouped = _grouped(query[:, own], len(key))
-            first = _probabilities(grouped, key[:, own], on_prefix[None], scale)
-            out[own] = torch.bmm(first, value[:, own]).view(len(query), pack.prefix, -1).transpose(0, 1)
+            first = _probabilities(_grouped(query[:, own], len(key)) * scale, key[:, own], on_prefix[None])
+            out[own] = torch.bmm(first, value[:, own]).view(heads, pack.prefix, -1).transpose(0, 1)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(query, key, value, probabilities, first)
             ctx.pack, ctx.scale = pack, scale
@@ -94,40 +93,40 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (grad,) = gradients
         query, key, value, probabilities, first = ctx.saved_tensors
-        pack, scale = ctx.pack, ctx.scale
-        d_query, d_key, d_value = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-        )
-        grad = grad.transpose(0, 1)  # (heads, tokens, width)
+        pack, scale, prefix = ctx.pack, ctx.scale, ctx.pack.prefix
+        groups = len(key)
+        grad = gradients[0].transpose(0, 1)  # (heads, tokens, width)
+        # (tokens, heads, width), as the projections have it.
+        d_query, d_key, d_value = (t.new_empty(t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
+        d_segments = _segments(grad, pack, groups)
+        # What is padded is computed and dropped, and must have no gradient.
+        d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, pack.padding(len(query)), 0)
         dq, dk, dv = _backward(
-            _segments(grad, pack, len(key), zero_padding=True),
-            _segments(query, pack, len(key)),
+            d_segments,
+            _segments(query, pack, groups).mul_(scale),
             _with_prefix(key, pack),
             _with_prefix(value, pack),
             probabilities,
-            scale,
         )
-        d_query[:, pack.prefix :] = _back(dq, pack, len(query)).transpose(0, 1)
+        _back(dq.mul_(scale), pack, d_query[prefix:])
         for whole, part in ((d_key, dk), (d_value, dv)):
-            part = part.view(len(pack.lengths), len(key), -1, part.shape[-1])
-            whole[:, pack.prefix :] = _back(part[:, :, pack.prefix :], pack, len(key)).transpose(0, 1)
-            whole[:, : pack.prefix] = part[:, :, : pack.prefix].sum(0)
-        if pack.prefix:
-            own = slice(0, pack.prefix)
+            _back(part, pack, whole[prefix:], before=True)
+            shared = part.view(len(pack.lengths), groups, -1, part.shape[-1])[:, :, :prefix]
+            whole[:prefix] = shared.sum(0).transpose(0, 1)
+        if prefix:
+            own = slice(0, prefix)
             dq, dk, dv = _backward(
-                _grouped(grad[:, own], len(key)),
-                _grouped(query[:, own], len(key)),
+                _grouped(grad[:, own], groups),
+                _grouped(query[:, own], groups) * scale,
                 key[:, own],
                 value[:, own],
                 first,
-                scale,
             )
-            d_query[:, own] = dq.view(len(query), pack.prefix, -1)
-            d_key[:, own] += dk
-            d_value[:, own] += dv
-        return d_query, d_key, d_value, None, None, None
+            d_query[own] = dq.mul_(scale).view(len(query), prefix, -1).transpose(0, 1)
+            d_key[own] += dk.transpose(0, 1)
+            d_value[own] += dv.transpose(0, 1)
+        return d_query.transpose(0, 1), d_key.transpose(0, 1), d_value.transpose(0, 1), None, None, None
 
 
 def _with_dropout(
@@ -149,7 +148,7 @@ def _with_dropout(
 
     queries = _segments(query, pack, len(key))
     out = attend(queries, _with_prefix(key, pack), _with_prefix(value, pack), on_segments)
-    rows = _back(out, pack, len(query))
+    rows = _rows(out, pack, len(query)).view(-1, len(query), out.shape[-1])
     if not pack.prefix:
         return rows
     own = slice(0, pack.prefix)
@@ -157,30 +156,26 @@ def _with_dropout(
     return torch.cat((first.view(len(query), pack.prefix, -1).transpose(0, 1), rows))
 
 
-def _backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    probabilities: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of ``softmax(scale * query key^T + bias) value``, each tensor (batch, rows, width)."""
-    # Contiguous transposes: a batched product whose first factor is a transposed view is ten times slower on a CPU.
-    d_value = torch.bmm(probabilities.transpose(1, 2).contiguous(), grad)
-    d_probabilities = torch.bmm(grad, value.transpose(1, 2))
-    d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype).mul_(scale)
-    d_key = torch.bmm(d_scores.transpose(1, 2).contiguous(), query)
-    return torch.bmm(d_scores, key), d_key, d_value
-
-
-def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
-    """Query (batch, group * rows, width), key (batch, columns, width), bias (sequences, rows, columns)."""
-    rows, columns = bias.shape[1:]
+def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Scaled query (batch, group * rows, width), key (batch, columns, width), bias (sequences, rows, columns)."""
     scores = torch.bmm(query, key.transpose(1, 2))
-    grouped = scores.view(len(bias), -1, rows, columns)  # sequences, heads, ...
-    torch.add(bias[:, None], grouped, alpha=scale, out=grouped)
+    scores.view(len(bias), -1, *bias.shape[1:]).add_(bias[:, None])  # sequences, heads, rows, columns
     return torch.softmax(scores, -1)
+
+
+def _backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, probabilities: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of ``softmax(query key^T + bias) value``, each tensor (batch, rows, width).
+
+    A batched product whose first factor is a transposed view is ten times slower on a CPU, so the narrow factor is
+    copied in its transposed order and not the wide one.
+    """
+    d_value = torch.bmm(grad.transpose(1, 2).contiguous(), probabilities).transpose(1, 2)
+    d_probabilities = torch.bmm(grad, value.transpose(1, 2))
+    d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
+    d_key = torch.bmm(query.transpose(1, 2).contiguous(), d_scores).transpose(1, 2)
+    return torch.bmm(d_scores, key), d_key.contiguous(), d_value.contiguous()
 
 
 def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
@@ -188,33 +183,30 @@ def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
     return rows.reshape(groups, -1, rows.shape[-1])
 
 
-def _segments(rows: torch.Tensor, pack: Pack, groups: int, zero_padding: bool = False) -> torch.Tensor:
+def _segments(rows: torch.Tensor, pack: Pack, groups: int) -> torch.Tensor:
     """(heads, tokens, width) -> (segments * key-value heads, heads of each * longest, width)."""
     heads, _, width = rows.shape
-    by_token = rows.transpose(0, 1).index_select(0, pack.gather.flatten())
-    if zero_padding:  # what is padded is computed and dropped, and must have no gradient
-        by_token.index_fill_(0, pack.padded, 0)
-    taken = by_token.view(*pack.gather.shape, heads, width).transpose(1, 2)
-    return taken.reshape(len(pack.lengths) * groups, -1, width)
+    flat = rows.transpose(0, 1).reshape(-1, width)  # no copy, as projections lay heads within tokens
+    taken = flat.index_select(0, pack.places(heads // groups, groups, before=False))
+    return taken.view(len(pack.lengths) * groups, -1, width)
 
 
 def _with_prefix(rows: torch.Tensor, pack: Pack) -> torch.Tensor:
     """(heads, tokens, width) -> (segments * heads, prefix + longest, width)."""
     heads, _, width = rows.shape
-    segments, longest = pack.gather.shape
-    out = rows.new_empty(segments, heads, pack.prefix + longest, width)
-    out[:, :, : pack.prefix] = rows[:, : pack.prefix]
-    by_token = rows.transpose(0, 1).index_select(0, pack.gather.flatten())
-    out[:, :, pack.prefix :] = by_token.view(segments, longest, heads, width).transpose(1, 2)
-    return out.view(segments * heads, -1, width)
+    flat = rows.transpose(0, 1).reshape(-1, width)
+    return flat.index_select(0, pack.places(1, heads, before=True)).view(len(pack.lengths) * heads, -1, width)
 
 
-def _back(rows: torch.Tensor, pack: Pack, heads: int) -> torch.Tensor:
-    """The segments' (segments, ..., longest, width), heads in order between, -> (segment tokens, heads, width)."""
-    segments, longest = pack.gather.shape
-    width = rows.shape[-1]
-    by_token = rows.reshape(segments, heads, longest, width).transpose(1, 2).reshape(segments * longest, heads, width)
-    return by_token.index_select(0, pack.scatter)
+def _rows(values: torch.Tensor, pack: Pack, heads: int, before: bool = False) -> torch.Tensor:
+    """(segments, heads, [prefix and] longest, width), in any grouping, -> (segment tokens * heads, width)."""
+    return values.reshape(-1, values.shape[-1]).index_select(0, pack.back(heads, before))
+
+
+def _back(values: torch.Tensor, pack: Pack, out: torch.Tensor, before: bool = False) -> None:
+    """`_rows`, written to `out`, (segment tokens, heads, width)."""
+    flat = values.reshape(-1, values.shape[-1])
+    torch.index_select(flat, 0, pack.back(out.shape[1], before), out=out.view(-1, out.shape[-1]))
 
 
 def _attention(module: nn.Module, *tensors: Any, pack: Pack | None = None, **kwargs: Any) -> Any:

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
 
-# Rows at once. On a CPU, logits that leave the cache cost more than the product that makes them.
-CHUNK_BYTES = 16 * 2**20
+# Of float32 logits at once: enough rows for the product to run at full speed, few enough to be no burden.
+CHUNK_BYTES = 48 * 2**20
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -17,22 +16,28 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
-        rows = max(16, CHUNK_BYTES // (4 * len(weight)))
+        rows = max(16, min(len(hidden), CHUNK_BYTES // (4 * len(weight))))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
+        # One pair of buffers for all chunks: fresh memory for so many logits costs more than their softmax.
+        logits_buffer = hidden.new_empty(rows, len(weight))
+        exact_buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            target = targets[part]
-            logits = nn.functional.linear(hidden[part], weight, bias)
-            at_target = logits.gather(1, target[:, None]).float()
+            target = targets[part, None]
+            logits, exact = logits_buffer[: len(target)], exact_buffer[: len(target)]
+            torch.mm(hidden[part], weight.t(), out=logits)
+            if bias is not None:
+                logits += bias
+            at_target = logits.gather(1, target).float()
             largest = logits.amax(1, keepdim=True).float()
-            probabilities = torch.softmax(logits, 1, dtype=torch.float32)
+            torch.softmax(exact.copy_(logits), 1, out=exact)
             # The largest logit's probability is never below 1 / vocabulary: its logarithm is safe.
-            normaliser = largest - probabilities.amax(1, keepdim=True).log()
+            normaliser = largest - exact.amax(1, keepdim=True).log()
             total += (normaliser - at_target).sum()
             if gradient is not None:
-                probabilities.scatter_add_(1, target[:, None], probabilities.new_full((len(target), 1), -1.0))
-                gradient[part] = probabilities.to(hidden.dtype) @ weight
+                exact.scatter_add_(1, target, exact.new_full((1, 1), -1.0).expand_as(target))
+                torch.mm(logits.copy_(exact), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, layers
+from llm_adapters.acceleration import attention, head, layers, rotary
+from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 
 ON = "on"
@@ -65,10 +66,12 @@ class Acceleration:
         return self.report.get("packing") == ON
 
     def _probe_and_install(self) -> None:
-        self._override(self.base, functools.partial(_causal_forward, self, self.base.forward))
+        self._set(self.base, "forward", functools.partial(_causal_forward, self, self.base.forward))
         if not self.on:
             self.report = dict.fromkeys(("packing", "shared prefix", "fused head"), "not asked for")
             return
+        if self.base.device.type == "cpu":
+            self.report["kept memory"] = ON if keep_memory() else "the C library has no mallopt"
         sequences = _probe_sequences(self.base)
         refused = _why_not(self.model, self.base)
         with torch.no_grad():
@@ -79,9 +82,14 @@ class Acceleration:
             self.report["packing"] = self.report["shared prefix"] = refused or ON
             self.report["fused head"] = self._why_no_head(sequences[0]) or ON
 
-    def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        self._undo.append(functools.partial(module.__delattr__, "forward"))
+    def _set(self, module: Any, name: str, value: Any) -> None:
+        """Set an attribute of the instance until `close`, which leaves none behind where there was none."""
+        before = vars(module).get(name)
+        setattr(module, name, value)
+        if before is None:
+            self._undo.append(functools.partial(delattr, module, name))
+        else:
+            self._undo.append(functools.partial(setattr, module, name, before))
 
     def _install_layers(self) -> None:
         from llm_adapters.bottleneck.layer import BottleneckLayer
@@ -89,18 +97,20 @@ class Acceleration:
         counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
         for module in self.base.modules():
             if layers.lora_weight(module) is not None:
-                self._override(module, functools.partial(layers.lora_forward, module, module.forward))
+                self._set(module, "forward", functools.partial(layers.lora_forward, module, module.forward))
                 counts["fused LoRA"] += 1
             elif isinstance(module, BottleneckLayer):
-                module.delta = functools.partial(layers.bottleneck_delta, module)  # type: ignore[method-assign]
-                self._undo.append(functools.partial(module.__delattr__, "delta"))
+                self._set(module, "delta", functools.partial(layers.bottleneck_delta, module))
                 counts["bottleneck in the base's precision"] += 1
             elif (parts := layers.rms_parts(module)) is not None:
-                self._override(module, functools.partial(layers.rms_forward, module.forward, *parts))
+                self._set(module, "forward", functools.partial(layers.rms_forward, module.forward, *parts))
                 counts["RMS norm"] += 1
             elif layers.is_silu_mlp(module):
-                self._override(module, functools.partial(layers.silu_mlp_forward, module))
+                self._set(module, "forward", functools.partial(layers.silu_mlp_forward, module))
                 counts["gated MLP"] += 1
+        if file := rotary.modelling_file(self.base):
+            self._set(file, rotary.FUNCTION, rotary.rotate_halves)
+        self.report["rotary positions"] = ON if file else "none, or of another kind"
         self.report |= {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
 
     def _install_packing(self, sequences: list[list[int]], expected: list[torch.Tensor]) -> str | None:

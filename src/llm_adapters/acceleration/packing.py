@@ -4,8 +4,9 @@ A segment (what is left of one sequence) sees the shared prefix and itself, noth
 the prefix, so that every token gets exactly what it would get in a sequence of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,19 +20,13 @@ class Pack:
         position_ids: (1, tokens), int64: 0.. in the prefix, going on from its end in every segment.
         prefix: number of tokens of the shared prefix, 0 for none.
         lengths: tokens of each segment, all at least 1.
-        gather: (segments, longest): where in the row each segment's tokens are; a padded place points at its first.
-        scatter: (tokens - prefix,): where in the flattened ``gather`` each of the row's segment tokens is.
-        padded: (places,): the places of the flattened ``gather`` that are padding.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     prefix: int
     lengths: tuple[int, ...]
-    gather: torch.Tensor
-    scatter: torch.Tensor
-    padded: torch.Tensor
-    _biases: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _kept: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -43,26 +38,7 @@ class Pack:
             raise ValueError(f"a sequence of {prefix + min(lengths)} tokens has none beside a prefix of {prefix}")
         row = [*sequences[0][:prefix], *(token for sequence in sequences for token in sequence[prefix:])]
         positions = [*range(prefix), *(at for length in lengths for at in range(prefix, prefix + length))]
-        width = max(lengths)
-        # Lists, as a few hundred small tensor operations for each pack would cost more than the tokens' arithmetic.
-        gather: list[list[int]] = []
-        scatter: list[int] = []
-        padded: list[int] = []
-        start = prefix
-        for index, length in enumerate(lengths):
-            gather.append([*range(start, start + length), *[start] * (width - length)])
-            scatter += range(index * width, index * width + length)
-            padded += range(index * width + length, (index + 1) * width)
-            start += length
-        return cls(
-            torch.tensor([row], device=device),
-            torch.tensor([positions], device=device),
-            prefix,
-            lengths,
-            torch.tensor(gather, device=device),
-            torch.tensor(scatter, device=device),
-            torch.tensor(padded, dtype=torch.int64, device=device),
-        )
+        return cls(torch.tensor([row], device=device), torch.tensor([positions], device=device), prefix, lengths)
 
     @property
     def tokens(self) -> int:
@@ -78,6 +54,68 @@ class Pack:
             at += length
         return starts
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment, to which attention pads the others."""
+        return max(self.lengths)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Every layer asks for the same: make it for the first."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def places(self, heads: int, groups: int, before: bool) -> torch.Tensor:
+        """Where in the rows (tokens * heads) each padded place is, in the order (segments, groups, heads of each, ...).
+
+        Args:
+            heads: heads in each group.
+            groups: groups of heads.
+            before: whether each segment begins with the shared prefix.
+
+        Returns:
+            (segments * groups * heads * (prefix if before, and longest),), int64; padding points at the first token.
+        """
+
+        def make() -> torch.Tensor:
+            device = self.input_ids.device
+            starts = torch.tensor(self.starts, device=device)[:, None]
+            own = torch.arange(self.longest, device=device)
+            own = starts + torch.where(own < torch.tensor(self.lengths, device=device)[:, None], own, 0)
+            if before:
+                first = torch.arange(self.prefix, device=device).expand(len(self.lengths), -1)
+                own = torch.cat((first, own), 1)
+            head = torch.arange(groups * heads, device=device)[:, None]
+            return (own[:, None] * (groups * heads) + head).flatten()
+
+        return self._once(("places", heads, groups, before), make)
+
+    def padding(self, heads: int) -> torch.Tensor:
+        """Which of `places` (without the prefix) are padding."""
+
+        def make() -> torch.Tensor:
+            device = self.input_ids.device
+            padded = torch.arange(self.longest, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
+            return padded[:, None].expand(-1, heads, -1).flatten().nonzero().flatten()
+
+        return self._once(("padding", heads), make)
+
+    def back(self, heads: int, before: bool) -> torch.Tensor:
+        """The way back: for every row (segment tokens * heads), its index in the order of `places`."""
+
+        def make() -> torch.Tensor:
+            device = self.input_ids.device
+            columns = self.longest + (self.prefix if before else 0)
+            skip = self.prefix if before else 0
+            parts = [
+                (torch.arange(length, device=device)[:, None] + skip)
+                + (index * heads + torch.arange(heads, device=device)) * columns
+                for index, length in enumerate(self.lengths)
+            ]
+            return torch.cat(parts).flatten()
+
+        return self._once(("back", heads, before), make)
+
     def bias(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """What is added to the scores: 0 where a token may look, else a very negative number.
 
@@ -89,21 +127,18 @@ class Pack:
             For the prefix, (prefix, prefix); for the segments, (segments, longest, prefix + longest), where the
             columns are the prefix and then the segment's own tokens.
         """
-        key = (window, dtype)
-        if key not in self._biases:
-            device = self.gather.device
-            width = self.gather.shape[1]
-            positions = torch.arange(self.prefix + width, device=device)
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            device = self.input_ids.device
+            positions = torch.arange(self.prefix + self.longest, device=device)
             visible = _causal(positions, positions, window)
-            real = torch.arange(width, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+            real = torch.arange(self.longest, device=device) < torch.tensor(self.lengths, device=device)[:, None]
             seen = visible[self.prefix :].expand(len(self.lengths), -1, -1).clone()
             seen[:, :, self.prefix :] &= real[:, None, :]
             seen[:, :, self.prefix] |= ~real  # a padded place sees something, so that its softmax is a number
-            self._biases[key] = (
-                _additive(visible[: self.prefix, : self.prefix], dtype),
-                _additive(seen, dtype),
-            )
-        return self._biases[key]
+            return _additive(visible[: self.prefix, : self.prefix], dtype), _additive(seen, dtype)
+
+        return self._once(("bias", window, dtype), make)
 
 
 def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -144,17 +179,21 @@ def split(lengths: Sequence[int], prefix: int, budget: int, most: int | None = N
         For each pack the indices of its sequences, longest first.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    total = sum(length - prefix for length in lengths)
-    count = max(1, -(-total // max(1, budget - prefix)))
-    aim = prefix + -(-total // count)  # equal shares: a small last pack would waste the machine
+    left = sum(length - prefix for length in lengths)
+    count = max(1, -(-left // max(1, budget - prefix)))
     packs: list[list[int]] = []
-    size = budget + 1
-    for index in order:
-        more = lengths[index] - prefix
-        full = most is not None and packs and len(packs[-1]) >= most
-        if not packs or full or size + more > budget or size >= aim:
-            packs.append([])
-            size = prefix
-        packs[-1].append(index)
-        size += more
+    while order:
+        # Equal shares of what is left: a small last pack would waste the machine.
+        share = left / max(1, count - len(packs))
+        pack: list[int] = []
+        size = 0
+        for index in order:
+            more = lengths[index] - prefix
+            full = prefix + size + more > budget or size + more / 2 > share or len(pack) == most
+            if pack and full:
+                break
+            pack.append(index)
+            size += more
+        packs.append(pack)
+        order, left = order[len(pack) :], left - size
     return packs
