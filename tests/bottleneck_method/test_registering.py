@@ -60,3 +60,10 @@ def test_a_name_or_prefix_of_another_package_is_not_overwritten(taken: str, monk
     message = "prefix 'bottleneck_'" if taken == "prefix" else "method called 'BOTTLENECK'"
     with pytest.raises(KeyError, match=message):
         register()
+
+
+@pytest.mark.parametrize("first", ["llm_adapters.bottleneck.model", "llm_adapters.fusion.config", "peft"])
+def test_whatever_is_imported_first(first: str) -> None:
+    code = f"import llm_adapters, {first}; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; "
+    code += "assert {'BOTTLENECK', 'FUSION'} <= {key.value for key in known}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,8 @@ import torch
 from peft.utils import load_peft_weights
 from torch import nn
 
-from llm_adapters.bottleneck import BottleneckModel
 from llm_adapters.bottleneck.config import BEFORE
+from llm_adapters.bottleneck.model import BottleneckModel
 from llm_adapters.bottleneck.places import check_free, find
 from llm_adapters.errors import RequestError
 from llm_adapters.fusion.config import FusionConfig

@@ -29,7 +29,8 @@ class AdapterSettings:
     """The adapter that is trained.
 
     Attributes:
-        method: series, parallel, scaled-parallel, lora, dora, rslora, ia3, prefix, prompt, p-tuning, or PEFT's name.
+        method: series, parallel, scaled-parallel, mam, fusion, lora, dora, rslora, ia3, prefix, prompt, p-tuning, or
+            PEFT's name.
         options: the method's own options, by PEFT's names; what is left out comes from the method's row.
     """
 
