@@ -253,13 +253,7 @@ def p2(spec: dict) -> dict:
         options = arguments(micro, accumulation, folder) | {"train_sampling_strategy": use["sampling"]}
         if use["trainer"] == "sft":
             from trl import SFTConfig, SFTTrainer
-            from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-            collator = Clock(
-                DataCollatorForLanguageModeling(
-                    pad_token_id=tokenizer.pad_token_id, padding_free=packs or use["layout"] == "padding_free"
-                )
-            )
             trainer = SFTTrainer(
                 model=model,
                 args=SFTConfig(
@@ -273,9 +267,10 @@ def p2(spec: dict) -> dict:
                 # `labels` are -100 at the prompt: completion-only loss, on the very ids that the others train on
                 train_dataset=Dataset.from_list(data["train"]),
                 processing_class=tokenizer,
-                data_collator=collator,
-                callbacks=[collator.callback],
             )
+            # TRL takes no collator from outside with padding-free: its own one is wrapped
+            collator = trainer.data_collator = Clock(trainer.data_collator)
+            trainer.add_callback(collator.callback)
         else:
             from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 
