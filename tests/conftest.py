@@ -38,3 +38,9 @@ def isolated_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
     """No test reads or writes the user's cache, and none sees a mirror it did not ask for."""
     monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("LLM_ADAPTERS_MIRROR", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def same_precision_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype: auto` is float32 in every test, on hardware that multiplies bfloat16 too: results can be compared."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)

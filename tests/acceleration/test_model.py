@@ -15,6 +15,7 @@ from llm_adapters.training.batching import Collator
 # Families whose attention cannot take packs, each with the reason that is reported.
 UNPACKED = {
     "bloom": "attention code of its own",
+    "gptj": "attention code of its own",
     "falcon": "attention code of its own",
     "gpt_neo": "attention code of its own",
     "mpt": "attention code of its own",

@@ -59,7 +59,6 @@ def test_a_tiny_model_learns_and_its_adapter_reloads_bit_for_bit(
     size = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0} if method == "lora" else {"bottleneck_size": 64}
     recipe = small(
         models[family],
-        model={"dtype": "float32"},  # that of the files, in which the new process loads them
         adapter={"method": method, "options": size},
         data={"limit": 8},
         training={"epochs": 40, "batch_size": 8, "micro_batch_size": 8, "log_every": 5},
