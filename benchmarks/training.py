@@ -40,6 +40,14 @@ WARM_UP = 2  # steps that are not timed
 HELD_OUT = 32
 LEARNING_RATE = 3e-4
 
+# Chosen with --sweep: plain Trainer. Tokens per second of CPU time, LoRA, Trainer unless SFT is said:
+#   2 threads, 64 examples, others on about a fifth of the machine: random order, 4 at once 122; by length, 4 at once 125;
+#   by length, 8 at once 128.
+#   1 thread, 48 examples, on a busy machine: by length, 8 at once 136 and 133; by length, 16 at once 136 (and twice the
+#   memory); padding-free, 8 at once 115; SFT by length, 8 at once 116.
+# SFT is slower here since its fused output head computes every position, not only labels, where there is no Triton.
+# Padding-free is exact with transformers' sdpa (the same held-out loss), though TRL promises that with flash attention
+# only; SFT's own padding-free and packing are in the sweep and had no undisturbed measurement yet.
 P2: dict[str, Any] = {"trainer": "trainer", "layout": "padded", "sampling": "group_by_length", "micro_batch": 8}
 
 
