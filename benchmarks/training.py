@@ -41,7 +41,7 @@ HELD_OUT = 32
 LEARNING_RATE = 3e-4
 
 # Chosen with --sweep: plain Trainer. Tokens per second of CPU time, LoRA, Trainer unless SFT is said:
-#   2 threads, 64 examples, others on about a fifth of the machine: random order, 4 at once 122; by length, 4 at once 125;
+#   2 threads, 64 examples, a fifth of the machine taken: random order, 4 at once 122; by length, 4 at once 125;
 #   by length, 8 at once 128.
 #   1 thread, 48 examples, on a busy machine: by length, 8 at once 136 and 133; by length, 16 at once 136 (and twice the
 #   memory); padding-free, 8 at once 115; SFT by length, 8 at once 116.
