@@ -40,14 +40,15 @@ WARM_UP = 2  # steps that are not timed
 HELD_OUT = 32
 LEARNING_RATE = 3e-4
 
-# Chosen with --sweep: plain Trainer. Tokens per second of CPU time, LoRA, Trainer unless SFT is said:
-#   2 threads, 64 examples, a fifth of the machine taken: random order, 4 at once 122; by length, 4 at once 125;
-#   by length, 8 at once 128.
-#   1 thread, 48 examples, on a busy machine: by length, 8 at once 136 and 133; by length, 16 at once 136 (and twice the
-#   memory); padding-free, 8 at once 115; SFT by length, 8 at once 116.
-# SFT is slower here since its fused output head computes every position, not only labels, where there is no Triton.
-# Padding-free is exact with transformers' sdpa (the same held-out loss), though TRL promises that with flash attention
-# only; SFT's own padding-free and packing are in the sweep and had no undisturbed measurement yet.
+# Provisional: every sweep so far ran while others used the machine. Rerun --sweep on a quiet one before publishing.
+# Tokens per second of CPU time with LoRA; in brackets, the share of the machine that others took.
+#   2 threads, 64 examples, Trainer: random 4: 122 (17 %); by length 4: 125 (20 %); by length 8: 128 (22 %), and 62 in a
+#     later run of 48 examples (43 %); by length 16: 67 (45 %); padding-free 4: 33 (63 %); padding-free 8: 115 (62 %).
+#   1 thread, 48 examples (one timed step; by length, that of the shortest), Trainer: by length 4: 162 (73 %); by length
+#     8: 136 (74 %) and 133 (51 %); by length 16: 136 (83 %); padding-free 8: 115 (90 %). SFT by length 8: 116 (57 %).
+# So 4 or 8 at once is open, and so is padding-free. SFT's own padding-free and packing have not run to the end yet.
+# Padding-free gave padding's held-out loss, with transformers' sdpa; TRL supports it with flash attention only.
+# Read in TRL's code, not profiled: without Triton its fused output head computes every position, not the labels alone.
 P2: dict[str, Any] = {"trainer": "trainer", "layout": "padded", "sampling": "group_by_length", "micro_batch": 8}
 
 
