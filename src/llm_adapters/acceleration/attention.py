@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.acceleration import slots
 from llm_adapters.acceleration.packing import Pack
 
 NAME = "llm_adapters_packed"
@@ -53,13 +54,81 @@ def packed_attention(
     Raises:
         Unsupported: something is asked for that packs do not have.
     """
-    strange = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
-    if [name for name in strange if others[name] is not False]:
-        raise Unsupported(f"its attention has {', '.join(strange)}")
+    _refuse(others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout:
         return _with_dropout(query[0], key[0], value[0], pack, scale, sliding_window, dropout)[None], None
     return _Packed.apply(query[0], key[0], value[0], pack, scale, sliding_window)[None], None
+
+
+def slot_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    *,
+    step: slots.Step,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a generation's `step`: tokens over their slots, new prompts over the shared prefix and themselves.
+
+    Arguments, results and errors as of `packed_attention`. Keys and values are stored in the step's cache.
+    """
+    _refuse(others)
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise Unsupported("its attention does not know which layer it is")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = query[0], key[0], value[0]
+    heads, tokens, _ = query.shape
+    kept = step.cache.layer(layer, key, value)
+    count = len(step.at)
+    out = query.new_empty(tokens, heads, value.shape[-1])
+    if count:
+        q, k, v = (part[:, :count] for part in (query, key, value))
+        out[:count] = slots.decode(q, k, v, kept, step, scale, sliding_window)
+    if step.pack is not None:
+        q, k, v = (part[:, count:] for part in (query, key, value))
+        _prompts(q, k, v, kept, step, step.pack, scale, sliding_window, out[count:])
+    return out[None], None
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    strange = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if [name for name in strange if others[name] is not False]:
+        raise Unsupported(f"its attention has {', '.join(strange)}")
+
+
+def _prompts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor],
+    step: slots.Step,
+    pack: Pack,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """The prompts of a step, whose shared prefix is in the cache; `out` is (tokens, heads, width)."""
+    heads, groups, prefix = len(query), len(key), pack.prefix
+    places = step.once(
+        ("places", heads, groups), lambda: pack.places(heads // groups, groups, before=False) - prefix * heads
+    )
+    queries = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1]).index_select(0, places)
+    padded = []
+    for whole, part in zip(kept, (key, value), strict=True):
+        part = _with_prefix(torch.cat((whole[0, :, :prefix], part), 1) if prefix else part, pack)
+        own = part.view(len(pack.lengths), groups, -1, part.shape[-1])[:, :, prefix:]
+        whole[slice(None) if step.slots is None else step.slots, :, prefix : prefix + pack.longest] = own
+        padded.append(part)
+    queries = queries.view(len(pack.lengths) * groups, -1, query.shape[-1])
+    probabilities = _probabilities(queries, padded[0], pack.bias(window, query.dtype)[1])
+    _back(torch.bmm(probabilities, padded[1]), pack, out)
 
 
 class _Packed(torch.autograd.Function):
@@ -209,8 +278,12 @@ def _back(values: torch.Tensor, pack: Pack, out: torch.Tensor, before: bool = Fa
     torch.index_select(flat, 0, pack.back(out.shape[1], before), out=out.view(-1, out.shape[-1]))
 
 
-def _attention(module: nn.Module, *tensors: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
-    """Packs here; whatever is no pack goes to transformers' SDPA."""
+def _attention(
+    module: nn.Module, *tensors: Any, pack: Pack | None = None, step: slots.Step | None = None, **kwargs: Any
+) -> Any:
+    """Packs and generation's steps here; whatever is neither goes to transformers' SDPA."""
+    if step is not None:
+        return slot_attention(module, *tensors, step=step, **kwargs)
     if pack is not None:
         return packed_attention(module, *tensors, pack=pack, **kwargs)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -227,6 +300,6 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def no_mask(pack: Pack) -> torch.Tensor:
+def no_mask(device: torch.device) -> torch.Tensor:
     """A mask in the shape that transformers hands on as it is, without building one from the positions."""
-    return torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)
+    return torch.zeros(1, 1, 1, 1, device=device)

@@ -75,22 +75,47 @@ def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | 
 
 def lora_forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """PEFT's LoRA linear layer, fused; `own` is its forward, for whatever the fused one does not do."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    weight = lora_weight(layer)
-    plain = (
-        weight is not None
-        and len(active) == 1
-        and not (args or kwargs or layer.disable_adapters or layer.merged)
-        and active[0] not in layer.lora_variant
-        and not layer.lora_bias[active[0]]
-        and x.dtype == weight[0].dtype
-    )
-    if weight is None or not plain:
+    weight, name = lora_weight(layer), _only_lora(layer)
+    if weight is None or name is None or args or kwargs or x.dtype != weight[0].dtype:
         return own(x, *args, **kwargs)
-    name = active[0]
     p = layer.lora_dropout[name].p if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout) else 0.0
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return _LoraLinear.apply(x, *weight, a, b, float(layer.scaling[name]), p)
+
+
+def _only_lora(layer: Any) -> str | None:
+    """The one active adapter of a LoRA layer; None where there are more or it is more than ``s * x A^T B^T``."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.disable_adapters or layer.merged:
+        return None
+    return None if active[0] in layer.lora_variant or layer.lora_bias[active[0]] else active[0]
+
+
+def frozen_lora(layer: Any, merged: bool) -> Any:
+    """The forward of a LoRA layer whose weights stay as they are; None where PEFT's own is needed.
+
+    Args:
+        layer: PEFT's LoRA on a linear layer.
+        merged: add the adapter to a copy of the weight, in float32, and round that to the weight's precision; else
+            round the adapter's weights, once.
+    """
+    found, name = lora_weight(layer), _only_lora(layer)
+    if found is None or name is None:
+        return None
+    weight, bias = found
+    with torch.no_grad():
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+        if merged:
+            whole = torch.addmm(weight.float(), b.float(), a.float()).to(weight.dtype)
+            return lambda x: functional.linear(x, whole, bias)
+        a, b = a.to(weight.dtype), b.to(weight.dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out = functional.linear(x, weight, bias)
+        out.view(-1, out.shape[-1]).addmm_(functional.linear(x.reshape(-1, x.shape[-1]), a), b.t())
+        return out
+
+    return forward
 
 
 # --- the bottleneck
@@ -98,18 +123,33 @@ def lora_forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: An
 
 def bottleneck_delta(layer: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:
     """`BottleneckLayer.delta` in the precision of `hidden`, where the layer's own is in that of the adapter."""
+    dropped = layer.options[name].bottleneck_dropout if layer.training else 0.0
+    h = SparseDropout.apply(hidden, dropped) if dropped else hidden
+    down, up = _bottleneck(layer, name, hidden.dtype)
+    return functional.linear(layer.activations[name](functional.linear(h, *down)), *up)
+
+
+def frozen_delta(layer: Any, kept: dict[Any, Any], name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """`bottleneck_delta` in eval mode, with weights that stay as they are: cast once, into `kept`."""
+    key = name, hidden.dtype
+    if key not in kept:
+        kept[key] = _bottleneck(layer, *key)
+    down, up = kept[key]
+    return functional.linear(layer.activations[name](functional.linear(hidden, *down)), *up)
+
+
+def _bottleneck(layer: Any, name: str, kind: torch.dtype) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Weight and bias of the two projections, the scale in the second, in the precision `kind`."""
     config, down, up = layer.options[name], layer.bottleneck_down[name], layer.bottleneck_up[name]
-    kind = hidden.dtype
-    h = hidden
-    if config.bottleneck_dropout and layer.training:
-        h = SparseDropout.apply(h, config.bottleneck_dropout)
-    inner = functional.linear(h, down.weight.to(kind), None if down.bias is None else down.bias.to(kind))
     scale = layer.bottleneck_scale[name] if config.scaling == "learned" else config.scaling
     weight, bias = up.weight, up.bias
     if not (isinstance(scale, float) and scale == 1.0):
         # Scaling the weight, a few hundred rows, and not the delta, all tokens'.
         weight, bias = weight * scale, None if bias is None else bias * scale
-    return functional.linear(layer.activations[name](inner), weight.to(kind), None if bias is None else bias.to(kind))
+    return (down.weight.to(kind), None if down.bias is None else down.bias.to(kind)), (
+        weight.to(kind),
+        None if bias is None else bias.to(kind),
+    )
 
 
 class SparseDropout(torch.autograd.Function):

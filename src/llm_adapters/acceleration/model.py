@@ -12,6 +12,7 @@ from torch import nn
 from llm_adapters.acceleration import attention, head, layers, rotary
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
+from llm_adapters.acceleration.slots import Step
 
 ON = "on"
 # How far apart two ways to the same hidden state may be, relative to its size: rounding is, a leak between segments,
@@ -27,16 +28,19 @@ class Acceleration:
     Args:
         model: a transformers decoder, or a `PeftModel` around one.
         on: False leaves every fast path off (the label loss of the model's forward remains).
+        frozen: the weights stay as they are while it is on, and the model is in eval mode: for generation.
+        merge: with `frozen`, compute LoRA with merged copies of the weights, where that changes no more than rounding.
 
     Attributes:
         report: for each fast path ``"on"``, or why it is off; for the manifest.
     """
 
-    def __init__(self, model: nn.Module, on: bool = True) -> None:
-        self.model, self.on = model, on
+    def __init__(self, model: nn.Module, on: bool = True, frozen: bool = False, merge: bool = False) -> None:
+        self.model, self.on, self.frozen, self.merge = model, on, frozen, frozen and merge
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.report: dict[str, str] = {}
         self._undo: list[Callable[[], None]] = []
+        self._merged = False
 
     # --- on and off
 
@@ -72,12 +76,16 @@ class Acceleration:
             return
         if self.base.device.type == "cpu":
             self.report["kept memory"] = ON if keep_memory() else "the C library has no mallopt"
-        sequences = _probe_sequences(self.base)
+        sequences = probe_sequences(self.base)
         refused = _why_not(self.model, self.base)
         with torch.no_grad():
             expected = None if refused else [self._plain(sequence) for sequence in sequences]
-            self._install_layers()
-            if expected is not None:
+            if expected is None:
+                self._install_layers()
+            else:
+                if self.merge:
+                    self._merge(sequences, expected)
+                self._install_layers()
                 refused = self._install_packing(sequences, expected)
             self.report["packing"] = self.report["shared prefix"] = refused or ON
             self.report["fused head"] = self._why_no_head(sequences[0]) or ON
@@ -91,16 +99,41 @@ class Acceleration:
         else:
             self._undo.append(functools.partial(setattr, module, name, before))
 
+    def _freeze(self, module: nn.Module, merged: bool) -> bool:
+        """Give a LoRA layer a forward with weights that stay as they are; whether that was possible."""
+        forward = layers.frozen_lora(module, merged)
+        if forward is not None:
+            self._set(module, "forward", forward)
+        return forward is not None
+
+    def _merge(self, sequences: list[list[int]], expected: list[torch.Tensor]) -> None:
+        """Merge copies of the LoRA weights, and undo it where the results would not be the same."""
+        adapted = [module for module in self.base.modules() if layers.lora_weight(module) is not None]
+        mark = len(self._undo)
+        count = sum(self._freeze(module, merged=True) for module in adapted)
+        if not count:
+            return
+        pairs = zip(sequences, expected, strict=True)
+        if refused := next(filter(None, (differs(self._plain(ids), whole) for ids, whole in pairs)), None):
+            while len(self._undo) > mark:
+                self._undo.pop()()
+        self._merged = refused is None
+        self.report["LoRA merged"] = refused or f"{ON}, {count} modules"
+
     def _install_layers(self) -> None:
         from llm_adapters.bottleneck.layer import BottleneckLayer
 
         counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
         for module in self.base.modules():
             if layers.lora_weight(module) is not None:
-                self._set(module, "forward", functools.partial(layers.lora_forward, module, module.forward))
+                if not self.frozen:
+                    self._set(module, "forward", functools.partial(layers.lora_forward, module, module.forward))
+                elif self._merged or not self._freeze(module, merged=False):
+                    continue
                 counts["fused LoRA"] += 1
             elif isinstance(module, BottleneckLayer):
-                self._set(module, "delta", functools.partial(layers.bottleneck_delta, module))
+                delta = functools.partial(layers.frozen_delta, module, {}) if self.frozen else None
+                self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))
                 counts["bottleneck in the base's precision"] += 1
             elif (parts := layers.rms_parts(module)) is not None:
                 self._set(module, "forward", functools.partial(layers.rms_forward, module.forward, *parts))
@@ -124,7 +157,7 @@ class Acceleration:
             found = self.hidden(pack)[0]
             parts = found[3:].split(list(pack.lengths))
             for part, whole in zip(parts, expected, strict=True):
-                refused = refused or _differs(torch.cat((found[:3], part)), whole)
+                refused = refused or differs(torch.cat((found[:3], part)), whole)
         except attention.Unsupported as error:
             refused = str(error)
         except Exception as error:  # families differ in more ways than can be listed
@@ -148,7 +181,7 @@ class Acceleration:
         ids = torch.tensor([sequence], device=self.base.device)
         hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits = self.base(input_ids=ids, use_cache=False).logits
-        return _differs(output(hidden), logits) and "the family changes the logits after its output head"
+        return differs(output(hidden), logits) and "the family changes the logits after its output head"
 
     # --- forwards
 
@@ -161,10 +194,25 @@ class Acceleration:
         return self.base.base_model(
             input_ids=pack.input_ids,
             position_ids=pack.position_ids,
-            attention_mask=attention.no_mask(pack),
+            attention_mask=attention.no_mask(pack.input_ids.device),
             pack=pack,
             **({"use_cache": False} | kwargs),
         ).last_hidden_state
+
+    def logits(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits that follow a generation's `tokens`, (decoded,), and the prompts of its `step`, one row each."""
+        ids, positions, chosen = tokens, step.at, torch.arange(len(tokens), device=tokens.device)
+        if (pack := step.pack) is not None:
+            ids = torch.cat((ids, pack.input_ids[0, pack.prefix :]))
+            positions = torch.cat((positions, pack.position_ids[0, pack.prefix :]))
+            ends = torch.tensor(pack.lengths, device=tokens.device).cumsum(0) - 1
+            chosen = torch.cat((chosen, len(tokens) + ends))
+        kwargs: dict[str, Any] = {"attention_mask": attention.no_mask(ids.device), "step": step, "use_cache": False}
+        selects = "logits_to_keep" in inspect.signature(type(self.base).forward).parameters
+        if selects:
+            kwargs["logits_to_keep"] = chosen
+        logits = self.base(input_ids=ids[None], position_ids=positions[None], **kwargs).logits[0]
+        return logits if selects else logits[chosen]
 
 
 def _causal_forward(
@@ -199,7 +247,11 @@ def _causal_forward(
         first = int((at % width).min()) if len(at) else width - 1
         kwargs["logits_to_keep"] = width - first
     if pack is not None:
-        kwargs |= {"position_ids": pack.position_ids, "attention_mask": attention.no_mask(pack), "pack": pack}
+        kwargs |= {
+            "position_ids": pack.position_ids,
+            "attention_mask": attention.no_mask(pack.input_ids.device),
+            "pack": pack,
+        }
     logits = own(*args, **kwargs | {"use_cache": False}).logits[:, first - width :]
     chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, at // width * (width - first) + at % width - first)
     loss = nn.functional.cross_entropy(chosen.float(), targets, reduction="sum")
@@ -221,15 +273,16 @@ def _why_not(model: Any, base: Any) -> str | None:
     return None
 
 
-def _probe_sequences(base: Any) -> list[list[int]]:
+def probe_sequences(base: Any) -> list[list[int]]:
     """Three sequences of different lengths that begin alike."""
     rows = base.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(0, rows, (3,), generator=generator).tolist()
-    return [start + torch.randint(0, rows, (n,), generator=generator).tolist() for n in (6, 1, 4)]
+    return [start + torch.randint(0, rows, (n,), generator=generator).tolist() for n in (6, 3, 4)]
 
 
-def _differs(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+def differs(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """None where `found` is `expected` but for rounding, else by how much it is not."""
     distance = float((found.float() - expected.float()).norm() / expected.float().norm())
     if distance <= _ROOM.get(expected.dtype, 1e-4):
         return None

@@ -131,22 +131,27 @@ class Pack:
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             device = self.input_ids.device
             positions = torch.arange(self.prefix + self.longest, device=device)
-            visible = _causal(positions, positions, window)
+            visible = causal(positions, positions, window)
             real = torch.arange(self.longest, device=device) < torch.tensor(self.lengths, device=device)[:, None]
             seen = visible[self.prefix :].expand(len(self.lengths), -1, -1).clone()
             seen[:, :, self.prefix :] &= real[:, None, :]
             seen[:, :, self.prefix] |= ~real  # a padded place sees something, so that its softmax is a number
-            return _additive(visible[: self.prefix, : self.prefix], dtype), _additive(seen, dtype)
+            return additive(visible[: self.prefix, : self.prefix], dtype), additive(seen, dtype)
 
         return self._once(("bias", window, dtype), make)
 
 
-def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+def causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which of the positions `keys` each of the positions `queries` sees, (queries, keys): those up to its own.
+
+    With a `window`, no more than the last so many of them.
+    """
     distance = queries[:, None] - keys[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where `visible`, else a very negative number."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, torch.finfo(dtype).min / 2
     )

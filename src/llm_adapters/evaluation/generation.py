@@ -1,18 +1,19 @@
-"""The one place where text is generated: prompts go in as tokens, finished answers come out, in batches of any size.
+"""The one place where text is generated: prompts go in as tokens, finished answers come out, as many at a time as fit.
 
-Batches are padded on the left, and attention mask and position ids always say so: in float32 an answer does not depend
-on its neighbours. Decoding is greedy or beam search, never sampled, and nothing that a checkpoint's own generation
-config asks for (penalties, minimum lengths, sampling) takes part, except its end-of-sequence tokens.
+Decoding is greedy or beam search, never sampled, and nothing that a checkpoint's own generation config asks for
+(penalties, minimum lengths, sampling) takes part, except its end-of-sequence tokens. In float32 an answer does not
+depend on its neighbours.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.errors import RequestError, WorkError
+from llm_adapters.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LARGEST_BATCH = {"cpu": 32, "other": 64}
+LARGEST_BATCH = {"cpu": 128, "other": 256}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Generation:
 
     `tokens` are the generated ids without the end-of-sequence token, `text` is what they spell. `finished` says that
     the model ended the answer itself, and did not meet the limit; `skipped` that the prompt was too long to be asked.
-    `seconds` is its share of the time that its batch took.
+    `seconds` is its share of the time since the answers before it.
     """
 
     text: str = ""
@@ -44,50 +45,172 @@ class Generation:
         return len(self.tokens) + self.finished
 
 
+class Generator:
+    """Generates with one model, as a context: inside, the model is in eval mode, its weights must not change, and what
+    makes it fast is on; afterwards it is as it was.
+
+    Args:
+        model: a transformers model or a `PeftModel`.
+        tokenizer: the model's.
+        max_new_tokens: the longest answer.
+        num_beams: above 1, beam search without early stopping and with length penalty 1.
+        batch_size: answers in the making at a time; None chooses what fits.
+        merge: compute LoRA merged into copies of the weights, where that changes no more than rounding does.
+        own: False generates with transformers' `generate` in any case.
+
+    Attributes:
+        report: how it generates, for the summary: ``engine`` is ``"own"`` or ``"transformers"`` (then ``reason`` says
+            why), ``fast_paths`` which of them are on, or why not.
+
+    Raises:
+        RequestError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_new_tokens: int = 256,
+        num_beams: int = 1,
+        batch_size: int | None = None,
+        merge: bool = True,
+        own: bool = True,
+    ) -> None:
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("num_beams", num_beams),
+            ("batch_size", 1 if batch_size is None else batch_size),
+        ):
+            if value < 1:
+                raise RequestError(f"{name}={value} is too small: give 1 or more.")
+        self.model, self.tokenizer, self.merge, self.own = model, tokenizer, merge, own
+        self.max_new_tokens, self.num_beams, self.batch_size = max_new_tokens, num_beams, batch_size
+        self.ends = end_tokens(model, tokenizer)
+        self.report: dict[str, Any] = {}
+        self._stack = contextlib.ExitStack()
+        self._acceleration: Any = None
+
+    def __enter__(self) -> "Generator":
+        from llm_adapters.acceleration.model import Acceleration
+        from llm_adapters.evaluation import engine
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_evaluating(self.model))
+            reason: str | None = "asked for"
+            if self.own:
+                with contextlib.ExitStack() as faster:
+                    acceleration = Acceleration(self.model, frozen=True, merge=self.merge)
+                    faster.enter_context(acceleration)
+                    reason = engine.why_not(acceleration)
+                    self._acceleration = None if reason else acceleration
+                    if reason is None:
+                        stack.push(faster.pop_all())
+            if reason is None:
+                self.report = {"engine": "own", "fast_paths": acceleration.report}
+            else:
+                self.report = {"engine": "transformers", "reason": reason}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._acceleration = None
+        self._stack.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], on_token: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[int, Generation]]:
+        """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, long prompts first.
+
+        A prompt that leaves no room for `max_new_tokens` in the model's context is not asked, never cut: it comes back
+        as `skipped`. Where the accelerator's memory is too small for the batch, that is halved, with a warning.
+
+        Args:
+            prompts: token ids.
+            on_token: called with a prompt's index and a token of its answer as soon as it is there, for streaming;
+                with transformers' `generate` and with beams, when the answer has ended.
+
+        Raises:
+            RequestError: as `check_prompts` does.
+            WorkError: the model's logits are not numbers.
+        """
+        skipped = check_prompts(self.model, prompts, self.max_new_tokens)
+        yield from ((index, Generation(skipped=True)) for index in sorted(skipped))
+        left = [index for index in range(len(prompts)) if index not in skipped]
+        if not left:
+            return
+        lengths = [len(prompts[index]) for index in left]
+        size = self.batch_size or choose_batch_size(self.model, lengths, self.max_new_tokens, self.num_beams)
+        while left:
+            asked, done = list(left), set()
+            started = time.perf_counter()
+            try:
+                for ended in self._answers([prompts[index] for index in asked], asked, size, on_token):
+                    share = (time.perf_counter() - started) / len(ended)
+                    for at, tokens in ended:
+                        done.add(asked[at])
+                        yield asked[at], self._generation(tokens, share)
+                    started = time.perf_counter()
+            except Exception as error:
+                if size == 1 or not _out_of_memory(error):
+                    raise
+                logger.warning("a batch of %d does not fit in memory: going on with %d", size, size // 2)
+                size //= 2
+            left = [index for index in left if index not in done]
+
+    def _answers(
+        self,
+        prompts: list[Sequence[int]],
+        names: list[int],
+        size: int,
+        on_token: Callable[[int, int], None] | None,
+    ) -> Iterator[list[tuple[int, list[int]]]]:
+        """Lists of (index, tokens with the one that ends them) as answers end."""
+        from llm_adapters.evaluation.engine import Engine
+        from llm_adapters.evaluation.padded import generate_batch
+
+        options: dict[str, Any] = {
+            "ends": self.ends,
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+        }
+        streams = on_token is not None and self._acceleration is not None and self.num_beams == 1
+        tell = (lambda at, token: on_token(names[at], token)) if on_token is not None else None
+        if self._acceleration is not None:
+            answers = Engine(self._acceleration, prompts, slots=size, **options).run(tell if streams else None)
+        else:
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            pad = self.tokenizer.pad_token_id
+            answers = (
+                list(
+                    zip(batch, generate_batch(self.model, [prompts[i] for i in batch], pad=pad, **options), strict=True)
+                )
+                for batch in batches
+            )
+        for ended in answers:
+            if tell is not None and not streams:
+                for at, tokens in ended:
+                    for token in tokens:
+                        tell(at, token)
+            yield ended
+
+    def _generation(self, tokens: list[int], seconds: float) -> Generation:
+        finished = bool(tokens) and tokens[-1] in self.ends
+        kept = tokens[:-1] if finished else tokens
+        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Generation(text, tuple(kept), finished, seconds=seconds)
+
+
 def generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 256,
-    num_beams: int = 1,
-    batch_size: int | None = None,
+    **options: Any,
 ) -> Iterator[tuple[int, Generation]]:
-    """Generate after each prompt; yields (index of the prompt, `Generation`) as batches end, longest prompts first.
-
-    `model` is a transformers model or a `PeftModel`; it runs in eval mode and is left in the mode it was in.
-    `num_beams` above 1 is beam search without early stopping and with length penalty 1. `batch_size` None chooses one
-    that fits.
-
-    A prompt that leaves no room for `max_new_tokens` in the model's context is not asked, never cut: it comes back as
-    `skipped`. A batch that does not fit in the accelerator's memory is halved, with a warning.
-
-    Raises `RequestError` as `check_prompts` does, and for sizes below 1; `WorkError` where the model's logits are not
-    numbers.
-    """
-    for name, value in (("num_beams", num_beams), ("batch_size", 1 if batch_size is None else batch_size)):
-        if value < 1:
-            raise RequestError(f"{name}={value} is too small: give 1 or more.")
-    skipped = check_prompts(model, prompts, max_new_tokens)
-    yield from ((index, Generation(skipped=True)) for index in sorted(skipped))
-    order = sorted((i for i in range(len(prompts)) if i not in skipped), key=lambda i: len(prompts[i]), reverse=True)
-    size = batch_size or choose_batch_size(model, [len(prompts[i]) for i in order], max_new_tokens, num_beams)
-    while order:
-        batch = order[:size]
-        started = time.perf_counter()
-        try:
-            rows = _generate_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, num_beams)
-        except Exception as error:
-            if len(batch) > 1 and _out_of_memory(error):
-                size = len(batch) // 2
-                logger.warning("a batch of %d does not fit in memory: going on with %d", len(batch), size)
-                continue
-            raise
-        order = order[size:]
-        share = (time.perf_counter() - started) / len(batch)
-        for index, tokens, finished in zip(batch, *rows, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            yield index, Generation(text, tuple(tokens), finished, seconds=share)
+    """`Generator.generate` with a `Generator` for this once; `options` are its."""
+    with Generator(model, tokenizer, **options) as generator:
+        yield from generator.generate(prompts)
 
 
 def check_prompts(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> set[int]:
@@ -150,57 +273,6 @@ def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -
     return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
-def _generate_batch(
-    model: Any, tokenizer: Any, prompts: list[Sequence[int]], max_new_tokens: int, num_beams: int
-) -> tuple[list[list[int]], list[bool]]:
-    """The generated tokens of each prompt, cut before the token that ends them, and whether there was one."""
-    import torch
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    ends = end_tokens(model, tokenizer)
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, pad_token_id=pad, eos_token_id=ends
-    )
-    with torch.inference_mode(), _evaluating(model):
-        generator, inputs = _inputs(model, ids, mask)
-        sequences = generator.generate(
-            **inputs, generation_config=config, logits_processor=LogitsProcessorList([_require_numbers])
-        )
-    given = 0 if "inputs_embeds" in inputs else width
-    rows, finished = [], []
-    for sequence in sequences[:, given:].tolist():
-        stop = next((at for at, token in enumerate(sequence) if token in ends), None)
-        rows.append(sequence[:stop])
-        finished.append(stop is not None)
-    return rows, finished
-
-
-def _inputs(model: Any, ids: "torch.Tensor", mask: "torch.Tensor") -> "tuple[Any, dict[str, torch.Tensor]]":
-    """What to call `generate` of, and with what, so that the positions are right.
-
-    Position ids come from the mask, in transformers' `generate`. PEFT drops them for prompt tuning and p-tuning, and
-    puts the learned embeddings before the padding; there the base model is given the embeddings, padding first.
-    """
-    import torch
-
-    peft = getattr(model, "active_peft_config", None)
-    if peft is None or not peft.is_prompt_learning or peft.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
-        return model, {"input_ids": ids, "attention_mask": mask}
-    words = model.word_embeddings(ids)
-    learned = model.get_prompt(batch_size=len(ids)).to(words.dtype)
-    virtual = learned.shape[1]
-    embeddings = torch.cat((words.new_zeros(len(ids), virtual, words.shape[2]), words), dim=1)
-    longer = torch.cat((mask.new_zeros(len(ids), virtual), mask), dim=1)
-    for row, start in enumerate((longer.shape[1] - longer.sum(1)).tolist()):
-        embeddings[row, start - virtual : start] = learned[row]
-        longer[row, start - virtual : start] = 1
-    return model.get_base_model(), {"inputs_embeds": embeddings, "attention_mask": longer}
-
-
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Eval mode, and none of the checkpoint's own wishes for generation; both as they were afterwards."""
@@ -216,12 +288,6 @@ def _evaluating(model: Any) -> Iterator[None]:
         base.generation_config = wishes
         for module in training:
             module.training = True
-
-
-def _require_numbers(_: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
-    if scores.isnan().any():
-        raise WorkError("the model's logits are not numbers (NaN). Try dtype float32; else its weights are damaged.")
-    return scores
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,198 @@
+"""The generation engine: continuous batching over the slots of one cache.
+
+The prefix that all prompts share is computed once. Every forward then computes a token of each answer in the making and
+the whole prompts of those that begin, in one row (see `llm_adapters.acceleration.slots`): an answer that ends makes
+room for the next question in the same moment.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from llm_adapters.acceleration.model import Acceleration, differs, probe_sequences
+from llm_adapters.acceleration.packing import Pack, common_prefix
+from llm_adapters.acceleration.slots import SlotCache, Step
+from llm_adapters.evaluation.search import Beams, Greedy, Search
+
+PROMPT_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and answers wait for it
+
+# (index of the prompt, the tokens of its answer, the one that ends it included)
+Ended = list[tuple[int, list[int]]]
+
+
+class Engine:
+    """Answers prompts with an accelerated model, once.
+
+    Args:
+        acceleration: the model's, on and frozen, with `packs`.
+        prompts: token ids, none empty; the longest are answered first.
+        ends: the tokens that end an answer.
+        max_new_tokens: the longest answer.
+        num_beams: 1 for greedy decoding.
+        slots: how many answers are in the making at a time.
+    """
+
+    def __init__(
+        self,
+        acceleration: Acceleration,
+        prompts: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        *,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        slots: int,
+    ) -> None:
+        self.acceleration, self.prompts, self.device = acceleration, prompts, acceleration.base.device
+        self.groups = min(slots, len(prompts))
+        self.search: Search = (
+            Greedy(self.groups, max_new_tokens, ends, self.device)
+            if num_beams == 1
+            else Beams(self.groups, num_beams, max_new_tokens, ends, self.device)
+        )
+        self.prefix = common_prefix(prompts)
+        self.cache = SlotCache(self.groups * num_beams, max(map(len, prompts)) + max_new_tokens)
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is the last
+        self.owners: list[int | None] = []  # the prompt of each group in use
+        self.lengths = torch.full((self.groups,), self.prefix, device=self.device)  # of these prompts
+
+    @torch.inference_mode()
+    def run(self, on_token: Callable[[int, int], None] | None = None) -> Iterator[Ended]:
+        """Answer everything; yields the answers that end, whenever some do.
+
+        Args:
+            on_token: for greedy decoding, called with the index of a prompt and each token of its answer.
+        """
+        if self.prefix:
+            self._forward(Pack.of([self.prompts[0][: self.prefix]], device=self.device), None, 0)
+        while self.waiting or self.owners:
+            decoded = len(self.owners)
+            fresh = self._admit()
+            logits = self._prompts_and_tokens(fresh, decoded)
+            if decoded:
+                self._advance(decoded, logits[: decoded * self.search.width], fresh)
+            if fresh:
+                self._begin(fresh, logits[decoded * self.search.width :])
+            if on_token is not None:
+                for group, owner in enumerate(self.owners):
+                    if owner is not None:
+                        on_token(owner, self.search.answer(group)[-1])
+            if ended := self._collect():
+                yield ended
+            if not self.waiting:
+                self._close_up()
+
+    # --- a step
+
+    def _admit(self) -> list[int]:
+        """Give waiting prompts to free groups; returns these groups."""
+        free = [group for group, owner in enumerate(self.owners) if owner is None]
+        free += range(len(self.owners), self.groups)
+        fresh: list[int] = []
+        room = PROMPT_TOKENS
+        for group in free:
+            if not self.waiting or (fresh and room < len(self.prompts[self.waiting[-1]]) - self.prefix):
+                break
+            index = self.waiting.pop()
+            room -= len(self.prompts[index]) - self.prefix
+            if group == len(self.owners):
+                self.owners.append(index)
+            else:
+                self.owners[group] = index
+            fresh.append(group)
+        return fresh
+
+    def _prompts_and_tokens(self, fresh: list[int], decoded: int) -> torch.Tensor:
+        """The logits that follow the last tokens of the first `decoded` groups, and the prompts of the `fresh` ones."""
+        pack = slots = None
+        if fresh:
+            prompts = [self.prompts[index] for group in fresh if (index := self.owners[group]) is not None]
+            pack = Pack.of(prompts, self.prefix, self.device)
+            slots = torch.tensor(fresh, device=self.device) * self.search.width
+        return self._forward(pack, slots, decoded)
+
+    def _forward(self, pack: Pack | None, slots: torch.Tensor | None, decoded: int) -> torch.Tensor:
+        # What a free group computes is dropped; its token goes right behind the prefix.
+        at = (self.lengths[:decoded] + self.search.count[:decoded] - 1).repeat_interleave(self.search.width)
+        longest = int(at.max()) + 1 if decoded else 0
+        return self.acceleration.logits(Step(self.cache, at, longest, pack, slots), self.search.feed(decoded))
+
+    def _advance(self, decoded: int, logits: torch.Tensor, fresh: list[int]) -> None:
+        parents = self.search.advance(decoded, logits)
+        if parents is None:
+            return
+        width = self.search.width
+        slots = torch.arange(decoded * width, device=self.device)
+        source = (torch.arange(decoded, device=self.device)[:, None] * width + parents).flatten()
+        changed = source != slots
+        changed.view(decoded, width)[[group for group in fresh if group < decoded]] = False  # a prompt lies there
+        moved = changed.nonzero().flatten()
+        if len(moved):
+            groups = moved // width
+            first = int(self.lengths[groups].min())  # a group's beams share its prompt
+            last = int((self.lengths[groups] + self.search.count[groups]).max())
+            self.cache.copy(source[moved], moved, first, last)
+
+    def _begin(self, fresh: list[int], logits: torch.Tensor) -> None:
+        groups = torch.tensor(fresh, device=self.device)
+        sizes = [len(self.prompts[index]) for group in fresh if (index := self.owners[group]) is not None]
+        self.lengths[groups] = torch.tensor(sizes, device=self.device)
+        self.search.begin(groups, logits)
+        first = groups * self.search.width
+        for beam in range(1, self.search.width):
+            self.cache.copy(first, first + beam, self.prefix, max(sizes))
+
+    def _collect(self) -> Ended:
+        """The answers that have ended, whose groups are free again."""
+        found: Ended = []
+        for group in self.search.finished(len(self.owners)).nonzero().flatten().tolist():
+            owner = self.owners[group]
+            if owner is not None:
+                found.append((owner, self.search.answer(group)))
+                self.owners[group] = None
+        free = [group for group, owner in enumerate(self.owners) if owner is None]
+        if free:
+            self.lengths[free], self.search.count[free] = self.prefix, 1
+        return found
+
+    def _close_up(self) -> None:
+        """Nothing waits any more: move the last groups into the free places, so that no row computes for nothing."""
+        width = self.search.width
+        while None in self.owners:
+            last = len(self.owners) - 1
+            group = self.owners.index(None)
+            if group < last and self.owners[last] is not None:
+                slots = torch.arange(width, device=self.device)
+                end = int(self.lengths[last] + self.search.count[last])
+                self.cache.copy(last * width + slots, group * width + slots, self.prefix, end)
+                self.search.move(last, group)
+                self.lengths[group], self.owners[group] = self.lengths[last], self.owners[last]
+                self.search.count[last] = 1
+            self.owners.pop()
+
+
+@torch.inference_mode()
+def why_not(acceleration: Acceleration) -> str | None:
+    """Why the engine cannot be used; None where it can, which is tried: tokens one by one against the whole at once."""
+    if not acceleration.packs:
+        return acceleration.report["packing"]
+    sequences = probe_sequences(acceleration.base)
+    prefix, last = 3, 2
+    cache = SlotCache(len(sequences), max(map(len, sequences)))
+    none = torch.zeros(0, dtype=torch.int64, device=acceleration.base.device)
+    slots = torch.arange(len(sequences), device=none.device)
+    try:
+        acceleration.logits(Step(cache, none, 0, Pack.of([sequences[0][:prefix]], device=none.device)), none)
+        pack = Pack.of([sequence[:-last] for sequence in sequences], prefix, none.device)
+        found = [acceleration.logits(Step(cache, none, 0, pack, slots), none)]
+        for back in range(last, 0, -1):
+            at = torch.tensor([len(sequence) - back for sequence in sequences], device=none.device)
+            tokens = torch.tensor([sequence[-back] for sequence in sequences], device=none.device)
+            found.append(acceleration.logits(Step(cache, at, int(at.max()) + 1), tokens))
+        for sequence, rows in zip(sequences, torch.stack(found, 1), strict=True):
+            ids = torch.tensor([sequence], device=none.device)
+            expected = acceleration.base(input_ids=ids, use_cache=False).logits[0, -1 - last :]
+            if refused := differs(rows, expected):
+                return refused
+    except Exception as error:  # families differ in more ways than can be listed
+        return f"its forward does not take slots ({type(error).__name__})"
+    return None

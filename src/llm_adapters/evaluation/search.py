@@ -1,0 +1,192 @@
+"""How the next tokens are chosen: greedy, or beam search. Both keep, for every group of slots, one question's answer.
+
+A group is one slot for greedy decoding, and `width` slots, a beam each, for beam search.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from llm_adapters.errors import WorkError
+
+_NEVER = -1e9  # the score of what must not be chosen
+
+
+class Search(Protocol):
+    """What the engine asks of a way to choose tokens.
+
+    Attributes:
+        width: slots of a group.
+        count: (groups,), int64: tokens that each group's answers in the making have.
+    """
+
+    width: int
+    count: torch.Tensor
+
+    def feed(self, groups: int) -> torch.Tensor:
+        """The last tokens of the first `groups`, (groups * width,)."""
+
+    def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
+        """New questions in these `groups`; `logits` (groups, vocabulary) follow their prompts."""
+
+    def advance(self, groups: int, logits: torch.Tensor) -> torch.Tensor | None:
+        """One more token for the first `groups`; `logits` (groups * width, vocabulary) follow what was fed.
+
+        Returns, where slots change places, (groups, width): which slot of its group each one goes on from.
+        """
+
+    def finished(self, groups: int) -> torch.Tensor:
+        """Which of the first `groups` have their answer, (groups,), bool."""
+
+    def answer(self, group: int) -> list[int]:
+        """The tokens of a finished group, with the one that ends them if there is one."""
+
+    def move(self, source: int, target: int) -> None:
+        """Let `target` go on where `source` is."""
+
+
+class Greedy:
+    """Always the most probable token.
+
+    A free group's tokens are computed and dropped: for them there is one place more than the longest answer has.
+    """
+
+    width = 1
+
+    def __init__(self, groups: int, limit: int, ends: Sequence[int], device: torch.device) -> None:
+        self.limit, self.ends = limit, torch.tensor(list(ends), device=device)
+        self.count = torch.ones(groups, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(groups, limit + 1, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(groups, dtype=torch.bool, device=device)
+
+    def feed(self, groups: int) -> torch.Tensor:
+        """See `Search`."""
+        return self.tokens[:groups].gather(1, self.count[:groups, None] - 1)[:, 0]
+
+    def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
+        """See `Search`."""
+        self.count[groups] = 0
+        self._append(groups, logits)
+
+    def advance(self, groups: int, logits: torch.Tensor) -> None:
+        """See `Search`."""
+        self._append(torch.arange(groups, device=logits.device), logits)
+
+    def finished(self, groups: int) -> torch.Tensor:
+        """See `Search`."""
+        return self.ended[:groups]
+
+    def answer(self, group: int) -> list[int]:
+        """See `Search`."""
+        return self.tokens[group, : int(self.count[group])].tolist()
+
+    def move(self, source: int, target: int) -> None:
+        """See `Search`."""
+        for state in (self.count, self.tokens, self.ended):
+            state[target] = state[source]
+
+    def _append(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
+        best, chosen = logits.max(-1)
+        require_numbers(best)
+        self.tokens[groups, self.count[groups]] = chosen
+        self.count[groups] += 1
+        self.ended[groups] = torch.isin(chosen, self.ends) | (self.count[groups] >= self.limit)
+
+
+class Beams:
+    """Beam search as in transformers' `generate`, with length penalty 1 and without early stopping.
+
+    A question ends when the best of its unfinished beams, at its mean log-probability, could not enter the finished
+    ones any more.
+    """
+
+    def __init__(self, groups: int, width: int, limit: int, ends: Sequence[int], device: torch.device) -> None:
+        self.width, self.limit, self.ends = width, limit, torch.tensor(list(ends), device=device)
+        # So many candidates that as many as there are beams go on whatever ends.
+        self.candidates = max(2, 1 + len(self.ends)) * width
+        self.count = torch.ones(groups, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(groups, width, limit + 1, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(groups, width, device=device)
+        self.done_tokens = torch.zeros_like(self.tokens)
+        self.done_lengths = torch.zeros(groups, width, dtype=torch.int64, device=device)
+        self.done_scores = torch.zeros_like(self.scores)
+        self.done = torch.zeros(groups, width, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(groups, dtype=torch.bool, device=device)
+
+    def feed(self, groups: int) -> torch.Tensor:
+        """See `Search`."""
+        last = (self.count[:groups, None, None] - 1).expand(-1, self.width, 1)
+        return self.tokens[:groups].gather(2, last).flatten()
+
+    def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
+        """See `Search`."""
+        self.count[groups] = 0
+        self.scores[groups] = _NEVER  # all beams begin alike: only one may have children
+        self.scores[groups, 0] = 0.0
+        self.done_scores[groups] = _NEVER
+        self.done[groups] = False
+        self._extend(groups, logits.repeat_interleave(self.width, 0))
+
+    def advance(self, groups: int, logits: torch.Tensor) -> torch.Tensor:
+        """See `Search`."""
+        return self._extend(torch.arange(groups, device=logits.device), logits)
+
+    def finished(self, groups: int) -> torch.Tensor:
+        """See `Search`."""
+        return self.ended[:groups]
+
+    def answer(self, group: int) -> list[int]:
+        """See `Search`."""
+        return self.done_tokens[group, 0, : int(self.done_lengths[group, 0])].tolist()
+
+    def move(self, source: int, target: int) -> None:
+        """See `Search`."""
+        for state in vars(self).values():
+            if isinstance(state, torch.Tensor) and state is not self.ends:
+                state[target] = state[source]
+
+    def _extend(self, groups: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """One more token for `groups`; returns (groups, width), the beam that each beam goes on from."""
+        count = self.count[groups, None]
+        among = min(self.candidates, logits.shape[-1])
+        logits = logits.float()
+        best, words = logits.topk(among)
+        require_numbers(best)
+        best = best - logits.logsumexp(-1, keepdim=True)
+        best = (best.view(len(groups), self.width, among) + self.scores[groups, :, None]).flatten(1)
+        scores, at = best.topk(self.candidates)
+        parents, chosen = at // among, words.view(len(groups), -1).gather(1, at)
+        tokens = _gather(self.tokens[groups], parents)
+        tokens.scatter_(2, count[:, :, None].expand(-1, self.candidates, 1), chosen[:, :, None])
+        stops = torch.isin(chosen, self.ends) | (count + 1 >= self.limit)
+
+        open_scores, kept = (scores + stops * _NEVER).topk(self.width)
+        self.tokens[groups], self.scores[groups] = _gather(tokens, kept), open_scores
+
+        first = torch.arange(self.candidates, device=logits.device) < self.width
+        ends = stops & first
+        ended = scores / (count + 1) + ~ends * _NEVER
+        merged = torch.cat((self.done_scores[groups], ended), 1)
+        self.done_scores[groups], best_done = merged.topk(self.width)
+        lengths = torch.cat((self.done_lengths[groups], (count + 1).expand_as(chosen)), 1)
+        self.done_tokens[groups] = _gather(torch.cat((self.done_tokens[groups], tokens), 1), best_done)
+        self.done_lengths[groups] = lengths.gather(1, best_done)
+        self.done[groups] = torch.cat((self.done[groups], ends), 1).gather(1, best_done)
+
+        self.count[groups] += 1
+        worst = torch.where(self.done[groups], self.done_scores[groups].amin(1, keepdim=True), _NEVER)
+        hopeful = (open_scores[:, :1] / (count + 1) > worst).any(1)
+        self.ended[groups] = ~hopeful | stops.all(1)
+        return parents.gather(1, kept)
+
+
+def _gather(values: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
+    """(groups, beams, tokens), (groups, chosen) -> (groups, chosen, tokens)."""
+    return values.gather(1, beams[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def require_numbers(scores: torch.Tensor) -> None:
+    """Raise `WorkError` where one of `scores` is not a number."""
+    if scores.isnan().any():
+        raise WorkError("the model's logits are not numbers (NaN). Try dtype float32; else its weights are damaged.")
