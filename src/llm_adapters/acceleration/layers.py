@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llm_adapters.acceleration import dropout
+from llm_adapters.acceleration import dropout, weights
 
 # --- LoRA
 
@@ -91,13 +91,14 @@ def _only_lora(layer: Any) -> str | None:
     return None if active[0] in layer.lora_variant or layer.lora_bias[active[0]] else active[0]
 
 
-def frozen_lora(layer: Any, merged: bool) -> Any:
+def frozen_lora(layer: Any, merged: bool, packed: bool) -> Any:
     """The forward of a LoRA layer whose weights stay as they are; None where PEFT's own is needed.
 
     Args:
         layer: PEFT's LoRA on a linear layer.
         merged: add the adapter to a copy of the weight, in float32, and round that to the weight's precision; else
             round the adapter's weights, once.
+        packed: see `weights.linear`.
     """
     found, name = lora_weight(layer), _only_lora(layer)
     if found is None or name is None:
@@ -106,12 +107,12 @@ def frozen_lora(layer: Any, merged: bool) -> Any:
     with torch.no_grad():
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
         if merged:
-            whole = torch.addmm(weight.float(), b.float(), a.float()).to(weight.dtype)
-            return lambda x: functional.linear(x, whole, bias)
+            return weights.linear(torch.addmm(weight.float(), b.float(), a.float()).to(weight.dtype), bias, packed)
         a, b = a.to(weight.dtype), b.to(weight.dtype)
+        base = weights.linear(weight, bias, packed)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        out = functional.linear(x, weight, bias)
+        out = base(x)
         out.view(-1, out.shape[-1]).addmm_(functional.linear(x.reshape(-1, x.shape[-1]), a), b.t())
         return out
 

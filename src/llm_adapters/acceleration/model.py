@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, layers, rotary
+from llm_adapters.acceleration import attention, head, layers, rotary, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.slots import Step
@@ -40,7 +40,7 @@ class Acceleration:
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.report: dict[str, str] = {}
         self._undo: list[Callable[[], None]] = []
-        self._merged = False
+        self._merged = self._packed = False
 
     # --- on and off
 
@@ -76,6 +76,9 @@ class Acceleration:
             return
         if self.base.device.type == "cpu":
             self.report["kept memory"] = ON if keep_memory() else "the C library has no mallopt"
+        if self.frozen:
+            reason = weights.why_not_packed(self.base)
+            self._packed, self.report["weights in blocks"] = reason is None, reason or ON
         sequences = probe_sequences(self.base)
         refused = _why_not(self.model, self.base)
         with torch.no_grad():
@@ -101,7 +104,7 @@ class Acceleration:
 
     def _freeze(self, module: nn.Module, merged: bool) -> bool:
         """Give a LoRA layer a forward with weights that stay as they are; whether that was possible."""
-        forward = layers.frozen_lora(module, merged)
+        forward = layers.frozen_lora(module, merged, self._packed)
         if forward is not None:
             self._set(module, "forward", forward)
         return forward is not None
@@ -124,6 +127,8 @@ class Acceleration:
         from llm_adapters.bottleneck.layer import BottleneckLayer
 
         counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
+        # A LoRA layer's forward has its own copy.
+        inside = {id(part) for m in self.base.modules() if layers.lora_weight(m) is not None for part in m.modules()}
         for module in self.base.modules():
             if layers.lora_weight(module) is not None:
                 if not self.frozen:
@@ -131,6 +136,9 @@ class Acceleration:
                 elif self._merged or not self._freeze(module, merged=False):
                     continue
                 counts["fused LoRA"] += 1
+            elif self._packed and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+                if id(module) not in inside:
+                    self._set(module, "forward", weights.linear(module.weight, module.bias, True))
             elif isinstance(module, BottleneckLayer):
                 delta = functools.partial(layers.frozen_delta, module, {}) if self.frozen else None
                 self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))

@@ -13,26 +13,43 @@ import torch
 
 from llm_adapters.acceleration.packing import Pack, additive, causal
 
+_COLUMNS = 32  # by which the cache grows
+
 
 class SlotCache:
     """Keys and values, a slot per sequence; every slot begins with the prefix that all prompts share.
 
+    It has no more columns than the longest sequence needs: batched products of a part of the columns would first copy
+    that part, for every layer and token.
+
     Args:
         slots: number of sequences at a time.
-        capacity: tokens that a slot holds, the prefix counted.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int) -> None:
+        self.slots, self.columns = slots, 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def fit(self, columns: int) -> None:
+        """Make room for `columns` tokens in every slot, and give back room that is not needed any more."""
+        wanted = -(-columns // _COLUMNS) * _COLUMNS
+        if self.columns < wanted or self.columns > wanted + 2 * _COLUMNS:
+            kept = min(self.columns, wanted)
+            for index, layer in self._layers.items():
+                grown = [part.new_empty(*part.shape[:2], wanted, part.shape[3]) for part in layer]
+                for old, new in zip(layer, grown, strict=True):
+                    new[:, :, :kept] = old[:, :, :kept]
+                    new[:, :, kept:] = 0
+                self._layers[index] = grown[0], grown[1]
+            self.columns = wanted
+
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, (slots, key-value heads, capacity, width), in the shape of the first ones seen.
+        """Keys and values of a layer, (slots, key-value heads, columns, width), in the shape of the first ones seen.
 
         They begin as zeros: what no sequence has filled is read, and weighted with nothing.
         """
         if index not in self._layers:
-            shapes = ((self.slots, len(part), self.capacity, part.shape[-1]) for part in (key, value))
+            shapes = ((self.slots, len(part), self.columns, part.shape[-1]) for part in (key, value))
             keys, values = (part.new_zeros(shape) for part, shape in zip((key, value), shapes, strict=True))
             self._layers[index] = keys, values
         return self._layers[index]
@@ -51,14 +68,12 @@ class Step:
     Attributes:
         cache: what it reads and fills.
         at: (decoded,), int64: where in its slot the token of each of the first slots goes.
-        longest: the largest of `at`, plus one.
         pack: the new prompts, without the shared prefix; None for none.
         slots: (prompts,), int64: their slots. None stores the only one in every slot: the shared prefix itself.
     """
 
     cache: SlotCache
     at: torch.Tensor
-    longest: int
     pack: Pack | None = None
     slots: torch.Tensor | None = None
     _kept: dict[Any, Any] = field(default_factory=dict)
@@ -70,10 +85,10 @@ class Step:
         return self._kept[key]
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores of the decoded tokens: (decoded, longest), 0 where a token may look."""
+        """What is added to the scores of the decoded tokens: (decoded, columns), 0 where a token may look."""
 
         def make() -> torch.Tensor:
-            columns = torch.arange(self.longest, device=self.at.device)
+            columns = torch.arange(self.cache.columns, device=self.at.device)
             return additive(causal(self.at, columns, window), dtype)
 
         return self.once(("bias", window, dtype), make)
@@ -108,7 +123,7 @@ def decode(
     groups = len(key)
     for whole, part in zip(kept, (key, value), strict=True):
         whole[step.rows(), :, step.at] = part.transpose(0, 1)
-    keys, values = (whole[:count, :, : step.longest].flatten(0, 1) for whole in kept)
+    keys, values = (whole[:count].flatten(0, 1) for whole in kept)
     queries = (query.transpose(0, 1) * scale).reshape(count * groups, heads // groups, width)
     scores = torch.bmm(queries, keys.transpose(1, 2))
     scores.view(count, heads, -1).add_(step.bias(window, scores.dtype)[:, None])

@@ -50,7 +50,7 @@ class Engine:
             else Beams(self.groups, num_beams, max_new_tokens, ends, self.device)
         )
         self.prefix = common_prefix(prompts)
-        self.cache = SlotCache(self.groups * num_beams, max(map(len, prompts)) + max_new_tokens)
+        self.cache = SlotCache(self.groups * num_beams)
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is the last
         self.owners: list[int | None] = []  # the prompt of each group in use
         self.lengths = torch.full((self.groups,), self.prefix, device=self.device)  # of these prompts
@@ -113,8 +113,8 @@ class Engine:
     def _forward(self, pack: Pack | None, slots: torch.Tensor | None, decoded: int) -> torch.Tensor:
         # What a free group computes is dropped; its token goes right behind the prefix.
         at = (self.lengths[:decoded] + self.search.count[:decoded] - 1).repeat_interleave(self.search.width)
-        longest = int(at.max()) + 1 if decoded else 0
-        return self.acceleration.logits(Step(self.cache, at, longest, pack, slots), self.search.feed(decoded))
+        self.cache.fit(max(int(at.max()) + 1 if decoded else 0, pack.prefix + pack.longest if pack else 0))
+        return self.acceleration.logits(Step(self.cache, at, pack, slots), self.search.feed(decoded))
 
     def _advance(self, decoded: int, logits: torch.Tensor, fresh: list[int]) -> None:
         parents = self.search.advance(decoded, logits)
@@ -177,17 +177,18 @@ def why_not(acceleration: Acceleration) -> str | None:
         return acceleration.report["packing"]
     sequences = probe_sequences(acceleration.base)
     prefix, last = 3, 2
-    cache = SlotCache(len(sequences), max(map(len, sequences)))
+    cache = SlotCache(len(sequences))
+    cache.fit(max(map(len, sequences)))
     none = torch.zeros(0, dtype=torch.int64, device=acceleration.base.device)
     slots = torch.arange(len(sequences), device=none.device)
     try:
-        acceleration.logits(Step(cache, none, 0, Pack.of([sequences[0][:prefix]], device=none.device)), none)
+        acceleration.logits(Step(cache, none, Pack.of([sequences[0][:prefix]], device=none.device)), none)
         pack = Pack.of([sequence[:-last] for sequence in sequences], prefix, none.device)
-        found = [acceleration.logits(Step(cache, none, 0, pack, slots), none)]
+        found = [acceleration.logits(Step(cache, none, pack, slots), none)]
         for back in range(last, 0, -1):
             at = torch.tensor([len(sequence) - back for sequence in sequences], device=none.device)
             tokens = torch.tensor([sequence[-back] for sequence in sequences], device=none.device)
-            found.append(acceleration.logits(Step(cache, at, int(at.max()) + 1), tokens))
+            found.append(acceleration.logits(Step(cache, at), tokens))
         for sequence, rows in zip(sequences, torch.stack(found, 1), strict=True):
             ids = torch.tensor([sequence], device=none.device)
             expected = acceleration.base(input_ids=ids, use_cache=False).logits[0, -1 - last :]

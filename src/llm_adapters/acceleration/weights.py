@@ -1,0 +1,40 @@
+"""Linear layers whose weights stay as they are: laid out once for the CPU's matrix unit, and not for every product.
+
+oneDNN multiplies with weights in blocks, and for a row-major weight makes them anew in every call. For the few rows of
+a decoding step that takes up to half of the time. The same operators serve torch's own compiler when it freezes a model.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+_ROWS = 64  # for which the blocks are chosen; any other number of rows can be multiplied too
+_SHARE = 0.25  # of the free memory, which the copies may take
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None, packed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``x -> x weight^T + bias``; `packed` with a copy of the weight (out, in) in blocks."""
+    if not packed:
+        return lambda x: functional.linear(x, weight, bias)
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda x: product(x, blocks, bias, "none", [], "")
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Why the weights of `model` cannot be packed; None where they can."""
+    import psutil  # PEFT needs it, so it is there
+
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    if any(p.device.type != "cpu" for p in weights):
+        return "the model is not on a CPU"
+    if not any(p.dtype == torch.bfloat16 for p in weights):
+        return "the weights are not bfloat16"
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "the CPU does not multiply bfloat16"
+    size = sum(p.numel() * p.element_size() for p in weights)
+    if size > _SHARE * psutil.virtual_memory().available:
+        return "there is too little memory for copies"
+    return None
