@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import slots
+from llm_adapters.acceleration import pages
 from llm_adapters.acceleration.packing import Pack
 
 NAME = "llm_adapters_packed"
@@ -71,7 +71,7 @@ def slot_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     *,
-    step: slots.Step,
+    step: pages.Step,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a generation's `step`: tokens over their slots, new prompts over the shared prefix and themselves.
@@ -85,15 +85,16 @@ def slot_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = query[0], key[0], value[0]
     heads, tokens, _ = query.shape
-    kept = step.cache.layer(layer, key, value)
     count = len(step.at)
     out = query.new_empty(tokens, heads, value.shape[-1])
+    pages.store(layer, key, value, step)
     if count:
-        q, k, v = (part[:, :count] for part in (query, key, value))
-        out[:count] = slots.decode(q, k, v, kept, step, scale, sliding_window)
+        out[:count] = pages.decode(layer, query[:, :count], step, scale, sliding_window)
     if step.pack is not None:
         q, k, v = (part[:, count:] for part in (query, key, value))
-        _prompts(q, k, v, kept, step, step.pack, scale, sliding_window, out[count:])
+        if step.slots is not None and step.cache.prefix:
+            k, v = (torch.cat(pair, 1) for pair in zip(step.cache.prefix_of(layer), (k, v), strict=True))
+        _prompts(q, k, v, step, step.pack, scale, sliding_window, out[count:])
     return out[None], None
 
 
@@ -107,28 +108,21 @@ def _prompts(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    kept: tuple[torch.Tensor, torch.Tensor],
-    step: slots.Step,
+    step: pages.Step,
     pack: Pack,
     scale: float,
     window: int | None,
     out: torch.Tensor,
 ) -> None:
-    """The prompts of a step, whose shared prefix is in the cache; `out` is (tokens, heads, width)."""
-    heads, groups, prefix = len(query), len(key), pack.prefix
+    """The prompts of a step; `key` and `value` begin with the shared prefix; `out` is (tokens, heads, width)."""
+    heads, groups = len(query), len(key)
     places = step.once(
-        ("places", heads, groups), lambda: pack.places(heads // groups, groups, before=False) - prefix * heads
+        ("queries", heads, groups), lambda: pack.places(heads // groups, groups, before=False) - pack.prefix * heads
     )
     queries = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1]).index_select(0, places)
-    padded = []
-    for whole, part in zip(kept, (key, value), strict=True):
-        part = _with_prefix(torch.cat((whole[0, :, :prefix], part), 1) if prefix else part, pack)
-        own = part.view(len(pack.lengths), groups, -1, part.shape[-1])[:, :, prefix:]
-        whole[slice(None) if step.slots is None else step.slots, :, prefix : prefix + pack.longest] = own
-        padded.append(part)
     queries = queries.view(len(pack.lengths) * groups, -1, query.shape[-1])
-    probabilities = _probabilities(queries, padded[0], pack.bias(window, query.dtype)[1])
-    _back(torch.bmm(probabilities, padded[1]), pack, out)
+    probabilities = _probabilities(queries, _with_prefix(key, pack), pack.bias(window, query.dtype)[1])
+    _back(torch.bmm(probabilities, _with_prefix(value, pack)), pack, out)
 
 
 class _Packed(torch.autograd.Function):
@@ -279,7 +273,7 @@ def _back(values: torch.Tensor, pack: Pack, out: torch.Tensor, before: bool = Fa
 
 
 def _attention(
-    module: nn.Module, *tensors: Any, pack: Pack | None = None, step: slots.Step | None = None, **kwargs: Any
+    module: nn.Module, *tensors: Any, pack: Pack | None = None, step: pages.Step | None = None, **kwargs: Any
 ) -> Any:
     """Packs and generation's steps here; whatever is neither goes to transformers' SDPA."""
     if step is not None:

@@ -220,7 +220,11 @@ def rms_parts(module: nn.Module) -> tuple[torch.Tensor, float] | None:
 
 def rms_forward(own: Any, weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
     """An RMS norm, fused."""
-    return own(x) if x.dtype != weight.dtype else _RmsNorm.apply(x, weight, eps)
+    if x.dtype != weight.dtype:
+        return own(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RmsNorm.apply(x, weight, eps)
+    return functional.rms_norm(x, weight.shape, weight, eps)
 
 
 # --- gated MLPs
@@ -268,6 +272,14 @@ def is_silu_mlp(module: nn.Module) -> bool:
 def silu_mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     """A gated MLP with the gate's product in one function."""
     return module.down_proj(_SiluGate.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+def frozen_silu_mlp(module: Any) -> Any:
+    """The forward of a gated MLP of linear layers in blocks: activation and product are done while multiplying."""
+    gate, up = (vars(part).get("forward") for part in (module.gate_proj, module.up_proj))
+    if not isinstance(gate, weights.Packed) or not isinstance(up, weights.Packed):
+        return None
+    return lambda x: module.down_proj(up.times(x, gate.silu(x)))
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:

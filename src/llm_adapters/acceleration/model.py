@@ -12,7 +12,7 @@ from torch import nn
 from llm_adapters.acceleration import attention, head, layers, rotary, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
-from llm_adapters.acceleration.slots import Step
+from llm_adapters.acceleration.pages import Step
 
 ON = "on"
 # How far apart two ways to the same hidden state may be, relative to its size: rounding is, a leak between segments,
@@ -129,6 +129,7 @@ class Acceleration:
         counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
         # A LoRA layer's forward has its own copy.
         inside = {id(part) for m in self.base.modules() if layers.lora_weight(m) is not None for part in m.modules()}
+        gated: list[nn.Module] = []
         for module in self.base.modules():
             if layers.lora_weight(module) is not None:
                 if not self.frozen:
@@ -147,8 +148,12 @@ class Acceleration:
                 self._set(module, "forward", functools.partial(layers.rms_forward, module.forward, *parts))
                 counts["RMS norm"] += 1
             elif layers.is_silu_mlp(module):
+                gated.append(module)
                 self._set(module, "forward", functools.partial(layers.silu_mlp_forward, module))
                 counts["gated MLP"] += 1
+        for module in gated if self._packed else ():  # now that their linear layers are
+            if (forward := layers.frozen_silu_mlp(module)) is not None:
+                self._set(module, "forward", forward)
         if file := rotary.modelling_file(self.base):
             self._set(file, rotary.FUNCTION, rotary.rotate_halves)
         self.report["rotary positions"] = ON if file else "none, or of another kind"

@@ -1,7 +1,8 @@
 """Linear layers whose weights stay as they are: laid out once for the CPU's matrix unit, and not for every product.
 
 oneDNN multiplies with weights in blocks, and for a row-major weight makes them anew in every call. For the few rows of
-a decoding step that takes up to half of the time. The same operators serve torch's own compiler when it freezes a model.
+a decoding step that takes up to half of the time. torch's own
+compiler uses the same operators when it freezes a model.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,35 @@ _ROWS = 64  # for which the blocks are chosen; any other number of rows can be m
 _SHARE = 0.25  # of the free memory, which the copies may take
 
 
+class Packed:
+    """``x -> x weight^T + bias`` with a copy of the weight (out, in) in blocks.
+
+    Args:
+        weight: (out, in), bfloat16, on the CPU.
+        bias: (out,) or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+        self._bias = bias
+        self._product = torch.ops.mkldnn._linear_pointwise
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return self._product(x, self._blocks, self._bias, "none", [], "")
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        """``silu`` of the product."""
+        return self._product(x, self._blocks, self._bias, "swish", [], "")
+
+    def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """The product, entry by entry times `factor`."""
+        return self._product.binary(x, factor, self._blocks, self._bias, "mul")
+
+
 def linear(weight: torch.Tensor, bias: torch.Tensor | None, packed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``x -> x weight^T + bias``; `packed` with a copy of the weight (out, in) in blocks."""
-    if not packed:
-        return lambda x: functional.linear(x, weight, bias)
-    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, blocks, bias, "none", [], "")
+    """``x -> x weight^T + bias``, `Packed` or as it is."""
+    return Packed(weight, bias) if packed else lambda x: functional.linear(x, weight, bias)
 
 
 def why_not_packed(model: nn.Module) -> str | None:

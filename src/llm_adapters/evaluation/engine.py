@@ -1,17 +1,17 @@
 """The generation engine: continuous batching over the slots of one cache.
 
 The prefix that all prompts share is computed once. Every forward then computes a token of each answer in the making and
-the whole prompts of those that begin, in one row (see `llm_adapters.acceleration.slots`): an answer that ends makes
+the whole prompts of those that begin, in one row (see `llm_adapters.acceleration.pages`): an answer that ends makes
 room for the next question in the same moment.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
 from llm_adapters.acceleration.model import Acceleration, differs, probe_sequences
 from llm_adapters.acceleration.packing import Pack, common_prefix
-from llm_adapters.acceleration.slots import SlotCache, Step
+from llm_adapters.acceleration.pages import PAGE, PagedCache, Step
 from llm_adapters.evaluation.search import Beams, Greedy, Search
 
 PROMPT_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and answers wait for it
@@ -50,7 +50,8 @@ class Engine:
             else Beams(self.groups, num_beams, max_new_tokens, ends, self.device)
         )
         self.prefix = common_prefix(prompts)
-        self.cache = SlotCache(self.groups * num_beams)
+        longest = max(map(len, prompts)) - self.prefix + max_new_tokens
+        self.cache = PagedCache(self.groups * num_beams, longest, self.device)
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is the last
         self.owners: list[int | None] = []  # the prompt of each group in use
         self.lengths = torch.full((self.groups,), self.prefix, device=self.device)  # of these prompts
@@ -107,14 +108,30 @@ class Engine:
         if fresh:
             prompts = [self.prompts[index] for group in fresh if (index := self.owners[group]) is not None]
             pack = Pack.of(prompts, self.prefix, self.device)
-            slots = torch.tensor(fresh, device=self.device) * self.search.width
-        return self._forward(pack, slots, decoded)
+            slots = [group * self.search.width for group in fresh]
+            for slot, length in zip(slots, pack.lengths, strict=True):
+                self.cache.reserve(slot, length)
+        return self._forward(pack, slots, decoded, set(fresh))
 
-    def _forward(self, pack: Pack | None, slots: torch.Tensor | None, decoded: int) -> torch.Tensor:
-        # What a free group computes is dropped; its token goes right behind the prefix.
-        at = (self.lengths[:decoded] + self.search.count[:decoded] - 1).repeat_interleave(self.search.width)
-        self.cache.fit(max(int(at.max()) + 1 if decoded else 0, pack.prefix + pack.longest if pack else 0))
-        return self.acceleration.logits(Step(self.cache, at, pack, slots), self.search.feed(decoded))
+    def _forward(
+        self, pack: Pack | None, slots: list[int] | None, decoded: int, fresh: Collection[int] = ()
+    ) -> torch.Tensor:
+        width = self.search.width
+        at = self.lengths[:decoded] + self.search.count[:decoded] - 1
+        alive = [self.owners[group] is not None and group not in fresh for group in range(decoded)]
+        # A page for those whose last one is full.
+        for group in ((at - self.prefix) % PAGE == 0).nonzero().flatten().tolist():
+            if alive[group]:
+                for slot in range(group * width, (group + 1) * width):
+                    self.cache.reserve(slot, int(at[group]) - self.prefix + 1)
+        step = Step(
+            self.cache,
+            at.repeat_interleave(width),
+            torch.tensor(alive, dtype=torch.bool, device=self.device).repeat_interleave(width),
+            pack,
+            slots,
+        )
+        return self.acceleration.logits(step, self.search.feed(decoded))
 
     def _advance(self, decoded: int, logits: torch.Tensor, fresh: list[int]) -> None:
         parents = self.search.advance(decoded, logits)
@@ -124,22 +141,24 @@ class Engine:
         slots = torch.arange(decoded * width, device=self.device)
         source = (torch.arange(decoded, device=self.device)[:, None] * width + parents).flatten()
         changed = source != slots
-        changed.view(decoded, width)[[group for group in fresh if group < decoded]] = False  # a prompt lies there
+        free = [group for group in range(decoded) if group in fresh or self.owners[group] is None]
+        changed.view(decoded, width)[free] = False
         moved = changed.nonzero().flatten()
         if len(moved):
-            groups = moved // width
-            first = int(self.lengths[groups].min())  # a group's beams share its prompt
-            last = int((self.lengths[groups] + self.search.count[groups]).max())
-            self.cache.copy(source[moved], moved, first, last)
+            # A group's beams share its prompt.
+            first = int((self.lengths[moved // width].min() - self.prefix) // PAGE)
+            self.cache.copy(source[moved], moved, first)
 
     def _begin(self, fresh: list[int], logits: torch.Tensor) -> None:
         groups = torch.tensor(fresh, device=self.device)
         sizes = [len(self.prompts[index]) for group in fresh if (index := self.owners[group]) is not None]
         self.lengths[groups] = torch.tensor(sizes, device=self.device)
         self.search.begin(groups, logits)
-        first = groups * self.search.width
-        for beam in range(1, self.search.width):
-            self.cache.copy(first, first + beam, self.prefix, max(sizes))
+        width = self.search.width
+        for beam in range(1, width):
+            for group, size in zip(fresh, sizes, strict=True):
+                self.cache.reserve(group * width + beam, size - self.prefix)
+            self.cache.copy(groups * width, groups * width + beam)
 
     def _collect(self) -> Ended:
         """The answers that have ended, whose groups are free again."""
@@ -149,25 +168,26 @@ class Engine:
             if owner is not None:
                 found.append((owner, self.search.answer(group)))
                 self.owners[group] = None
+                for slot in range(group * self.search.width, (group + 1) * self.search.width):
+                    self.cache.release(slot)
         free = [group for group, owner in enumerate(self.owners) if owner is None]
         if free:
             self.lengths[free], self.search.count[free] = self.prefix, 1
         return found
 
     def _close_up(self) -> None:
-        """Nothing waits any more: move the last groups into the free places, so that no row computes for nothing."""
+        """Nothing waits any more: let the last groups take the free places, so that no row computes for nothing."""
         width = self.search.width
         while None in self.owners:
             last = len(self.owners) - 1
             group = self.owners.index(None)
             if group < last and self.owners[last] is not None:
-                slots = torch.arange(width, device=self.device)
-                end = int(self.lengths[last] + self.search.count[last])
-                self.cache.copy(last * width + slots, group * width + slots, self.prefix, end)
+                for beam in range(width):
+                    self.cache.hand_over(last * width + beam, group * width + beam)
                 self.search.move(last, group)
                 self.lengths[group], self.owners[group] = self.lengths[last], self.owners[last]
-                self.search.count[last] = 1
             self.owners.pop()
+        self.cache.compact()
 
 
 @torch.inference_mode()
@@ -177,20 +197,23 @@ def why_not(acceleration: Acceleration) -> str | None:
         return acceleration.report["packing"]
     sequences = probe_sequences(acceleration.base)
     prefix, last = 3, 2
-    cache = SlotCache(len(sequences))
-    cache.fit(max(map(len, sequences)))
-    none = torch.zeros(0, dtype=torch.int64, device=acceleration.base.device)
-    slots = torch.arange(len(sequences), device=none.device)
+    device = acceleration.base.device
+    cache = PagedCache(len(sequences), max(map(len, sequences)), device)
+    none, nobody = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.bool, device=device)
+    slots = list(range(len(sequences)))
     try:
-        acceleration.logits(Step(cache, none, Pack.of([sequences[0][:prefix]], device=none.device)), none)
-        pack = Pack.of([sequence[:-last] for sequence in sequences], prefix, none.device)
-        found = [acceleration.logits(Step(cache, none, pack, slots), none)]
+        shared = Pack.of([sequences[0][:prefix]], device=device)
+        acceleration.logits(Step(cache, none, nobody, shared), none)
+        pack = Pack.of([sequence[:-last] for sequence in sequences], prefix, device)
+        for slot in slots:
+            cache.reserve(slot, len(sequences[slot]) - prefix)
+        found = [acceleration.logits(Step(cache, none, nobody, pack, slots), none)]
         for back in range(last, 0, -1):
-            at = torch.tensor([len(sequence) - back for sequence in sequences], device=none.device)
-            tokens = torch.tensor([sequence[-back] for sequence in sequences], device=none.device)
-            found.append(acceleration.logits(Step(cache, at), tokens))
+            at = torch.tensor([len(sequence) - back for sequence in sequences], device=device)
+            tokens = torch.tensor([sequence[-back] for sequence in sequences], device=device)
+            found.append(acceleration.logits(Step(cache, at, at >= 0), tokens))
         for sequence, rows in zip(sequences, torch.stack(found, 1), strict=True):
-            ids = torch.tensor([sequence], device=none.device)
+            ids = torch.tensor([sequence], device=device)
             expected = acceleration.base(input_ids=ids, use_cache=False).logits[0, -1 - last :]
             if refused := differs(rows, expected):
                 return refused

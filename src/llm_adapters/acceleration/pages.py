@@ -1,0 +1,262 @@
+"""Generation's key-value cache, in pages, and the attention of tokens over it.
+
+One forward takes one token of each answer that is being generated, and whole prompts of those that begin. All lie in
+one row, as in a pack, so that every layer's matrix products are as large as they can be; only attention tells them
+apart. Keys and values go into the cache here, and the model needs no cache of its own.
+
+A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
+2023, section 4). Attention multiplies all pages in use at once, where they lie: two batched products, whatever the
+lengths. The prefix that all prompts share is kept once, and is one product for all.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llm_adapters.acceleration.packing import Pack, additive
+
+PAGE = 64
+_NOWHERE = 0  # a page that belongs to nobody, for what is computed and dropped
+
+
+class PagedCache:
+    """Keys and values of the sequences that are being generated.
+
+    Args:
+        slots: number of sequences at a time.
+        longest: tokens of the longest sequence, without the shared prefix.
+        device: of the model.
+
+    Attributes:
+        prefix: tokens of the prefix that all sequences share; 0 until it is stored.
+        table: (slots, pages), int64: the pages of each slot in their order, `_NOWHERE` where there is none.
+        owner, rank: (pages,), int64: the slot that each page belongs to, -1 for none, and which of its pages it is.
+        top: all pages in use are below.
+    """
+
+    def __init__(self, slots: int, longest: int, device: torch.device) -> None:
+        self.most = -(-longest // PAGE)
+        self.prefix, self.top = 0, 1
+        self.table = torch.full((slots, self.most), _NOWHERE, device=device)
+        self.owner = torch.full((1 + slots * self.most,), -1, device=device)
+        self.rank = torch.zeros_like(self.owner)
+        self._held: list[list[int]] = [[] for _ in range(slots)]
+        self._free = list(range(1, 1 + slots * self.most))  # a heap, and sorted
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # --- pages
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Let `slot` have pages for so many tokens, the shared prefix not counted."""
+        held, before = self._held[slot], self.top
+        while len(held) * PAGE < tokens:
+            page = heapq.heappop(self._free)
+            self.table[slot, len(held)], self.owner[page], self.rank[page] = page, slot, len(held)
+            held.append(page)
+            self.top = max(self.top, page + 1)
+        if self.top > before:
+            for layer in self._layers.values():
+                for part in layer:
+                    part[before : self.top] = 0
+
+    def release(self, slot: int) -> None:
+        """Take back all pages of `slot`."""
+        for page in self._held[slot]:
+            heapq.heappush(self._free, page)
+            self.owner[page] = -1
+        self.table[slot] = _NOWHERE
+        self._held[slot] = []
+
+    def hand_over(self, source: int, target: int) -> None:
+        """Give the pages of the slot `source` to the slot `target`, which has none."""
+        self._held[target], self._held[source] = self._held[source], []
+        for page in self._held[target]:
+            self.owner[page] = target
+        self.table[target] = self.table[source]
+        self.table[source] = _NOWHERE
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, first: int = 0) -> None:
+        """Copy what the slots `source` hold from page `first` on to the slots `target`, which have as many pages."""
+        pages = self.table[source, first:].flatten(), self.table[target, first:].flatten()
+        self._move(*(part[pages[1] != _NOWHERE] for part in pages))
+
+    def compact(self) -> None:
+        """Move pages down where many below the highest one are free."""
+        used = sum(map(len, self._held))
+        if self.top <= 1.5 * (used + 1):
+            return
+        highest = [p for p in range(self.top - 1, used, -1) if self.owner[p] >= 0]
+        lowest = [heapq.heappop(self._free) for _ in highest]
+        source, target = (torch.tensor(p, dtype=torch.int64, device=self.table.device) for p in (highest, lowest))
+        self._move(source, target)
+        owner, rank = self.owner[source], self.rank[source]
+        self.owner[target], self.rank[target], self.table[owner, rank] = owner, rank, target
+        self.owner[source] = -1
+        for old, new, slot, at in zip(highest, lowest, owner.tolist(), rank.tolist(), strict=True):
+            self._held[slot][at] = new
+            heapq.heappush(self._free, old)
+        self.top = used + 1
+
+    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        for layer in self._layers.values():
+            for part in layer:
+                part[target] = part[source]
+
+    # --- keys and values
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pages of a layer, twice (pages, key-value heads, PAGE, width), in the shape of the first ones seen.
+
+        They begin as zeros: what no sequence has filled is read, and weighted with nothing.
+        """
+        if index not in self._layers:
+            keys, values = (part.new_empty(len(self.owner), len(part), PAGE, part.shape[-1]) for part in (key, value))
+            keys[: self.top] = values[: self.top] = 0
+            self._layers[index] = keys, values
+        return self._layers[index]
+
+    def keep_prefix(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store a layer's keys and values of the shared prefix, (key-value heads, prefix, width)."""
+        self.prefix = key.shape[1]
+        self._prefixes[index] = key.contiguous(), value.contiguous()
+
+    def prefix_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `keep_prefix` was given; only where there is a prefix."""
+        return self._prefixes[index]
+
+
+@dataclass
+class Step:
+    """What one forward computes: the row holds a token of each of the first slots, and then new prompts.
+
+    Attributes:
+        cache: what it reads and fills.
+        at: (decoded,), int64: the position of the token of each of the first slots.
+        alive: (decoded,), bool: which of them are of a sequence; what the others compute is dropped.
+        pack: the new prompts, without the shared prefix; None for none.
+        slots: their slots. None where the only prompt is the shared prefix itself.
+    """
+
+    cache: PagedCache
+    at: torch.Tensor
+    alive: torch.Tensor
+    pack: Pack | None = None
+    slots: Sequence[int] | None = None
+    _kept: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Every layer asks for the same: make it for the first."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and column of every token in the row, (tokens,) int64 each."""
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            cache, device = self.cache, self.at.device
+            own = torch.where(self.alive, self.at - cache.prefix, 0)
+            slots = torch.arange(len(own), device=device)
+            dead = [~self.alive]
+            if self.pack is not None and self.slots is not None:
+                lengths = torch.tensor(self.pack.lengths, device=device)
+                slots = torch.cat((slots, torch.tensor(self.slots, device=device).repeat_interleave(lengths)))
+                own = torch.cat((own, self.pack.position_ids[0, self.pack.prefix :] - cache.prefix))
+                dead.append(torch.zeros(int(lengths.sum()), dtype=torch.bool, device=device))
+            return cache.table[slots, own // PAGE].masked_fill(torch.cat(dead), _NOWHERE), own % PAGE
+
+        return self.once("places", make)
+
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """For the pages below the cache's top: which decoded token sees it (or their number, if none does), which of
+        its pages it is, and how many pages the tokens have at most.
+        """
+
+        def make() -> tuple[torch.Tensor, torch.Tensor, int]:
+            count, top = len(self.at), self.cache.top
+            owner, rank = self.cache.owner[:top], self.cache.rank[:top]
+            alive = torch.cat((self.alive, self.alive.new_zeros(1)))
+            owner = torch.where(alive[owner.clamp(max=count)], owner, count)  # -1 is the last, and not alive
+            rank = torch.where(owner < count, rank, 0)
+            return owner, rank, int(rank.max()) + 1
+
+        return self.once("seen", make)
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of the decoded tokens and of nobody, (decoded + 1, 1, columns): 0 where a token
+        may look. The columns are those of its pages in their order, and of the shared prefix.
+        """
+
+        def make() -> torch.Tensor:
+            prefix, own = self.cache.prefix, self.seen()[2] * PAGE
+            columns = torch.arange(own + prefix, device=self.at.device)
+            distance = self.at[:, None] - torch.where(columns < own, prefix + columns, columns - own)
+            visible = distance >= 0
+            if window is not None:
+                visible &= distance < window
+            visible[:, 0] |= ~self.alive  # one that is dropped sees something, so that its softmax is a number
+            return additive(torch.cat((visible, visible.new_ones(1, len(columns)))), dtype)[:, None]
+
+        return self.once(("bias", window, dtype), make)
+
+
+def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
+    """Put the row's keys and values, (key-value heads, tokens, width), where they belong."""
+    if step.pack is not None and step.slots is None:
+        step.cache.keep_prefix(layer, key, value)
+        return
+    pages, columns = step.places()
+    for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):
+        whole[pages, :, columns] = part.transpose(0, 1)
+
+
+def decode(layer: int, query: torch.Tensor, step: Step, scale: float, window: int | None) -> torch.Tensor:
+    """Attention of one token of each of the first slots, over what its slot holds, itself included.
+
+    Args:
+        layer: which layer's keys and values.
+        query: (heads, decoded, width).
+        step: the step, whose keys and values are stored.
+        scale: the factor on the scores.
+        window: a token sees no more than so many tokens.
+
+    Returns:
+        (decoded, heads, width).
+    """
+    cache = step.cache
+    keys, values = (part[: cache.top] for part in cache.layer(layer, query, query))
+    heads, count, width = query.shape
+    groups, prefix = keys.shape[1], cache.prefix
+    owner, rank, pages = step.seen()
+    queries = (query.transpose(0, 1) * scale).reshape(count, -1)
+    bias = step.bias(window, query.dtype)
+    scores = queries.new_zeros(count + 1, heads, bias.shape[-1])  # not every token has all the pages
+    columns = pages * PAGE
+    own = scores[:, :, :columns].unflatten(-1, (pages, PAGE))
+
+    asking = step.once("asking", lambda: owner.clamp(max=count - 1))
+    by_page = queries.index_select(0, asking).view(len(owner) * groups, -1, width)
+    own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), heads, PAGE)
+    if prefix:
+        # (key-value heads, tokens * heads of each, width)
+        shared = queries.view(count, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
+        first, first_values = cache.prefix_of(layer)
+        found = torch.bmm(shared, first.transpose(1, 2)).view(groups, count, -1, prefix)
+        scores[:count, :, columns:].unflatten(1, (groups, -1)).copy_(found.transpose(0, 1))
+    scores += bias
+    probabilities = torch.softmax(scores, -1)
+
+    own = probabilities[:, :, :columns].unflatten(-1, (pages, PAGE))[owner, :, rank]
+    parts = torch.bmm(own.reshape(len(owner) * groups, -1, PAGE), values.flatten(0, 1))
+    by_token = parts.new_zeros(count + 1, pages, parts.shape[-1] * heads)
+    by_token[owner, rank] = parts.view(len(owner), -1)
+    out = by_token[:count].sum(1).view(count, heads, -1)
+    if prefix:
+        shared = probabilities[:count, :, columns:].unflatten(1, (groups, -1)).transpose(0, 1)
+        found = torch.bmm(shared.reshape(groups, -1, prefix), first_values).view(groups, count, heads // groups, -1)
+        out.unflatten(1, (groups, -1)).add_(found.transpose(0, 1))
+    return out
