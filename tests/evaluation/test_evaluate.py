@@ -42,14 +42,15 @@ def scripted(monkeypatch):
     """Answers come from OUTPUTS; the list holds the questions in the order in which they were asked."""
     asked = []
 
-    def generate(model, tokenizer, prompts, **options):
+    def generate(generator, prompts, on_token=None):
+        options = {name: getattr(generator, name) for name in ("max_new_tokens", "num_beams", "batch_size")}
         for index, ids in enumerate(prompts):
-            prompt = tokenizer.decode(ids)
+            prompt = generator.tokenizer.decode(ids)
             question = next(word for word in OUTPUTS if f"\n{word}\n" in prompt or f" {word}\n" in prompt)
             asked.append(types.SimpleNamespace(question=question, prompt=prompt, **options))
             yield index, Generation(OUTPUTS[question], tuple(range(10)), question != "three", seconds=0.5)
 
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation.Generator, "generate", generate)
     return asked
 
 
@@ -262,15 +263,15 @@ def test_tasks_measured_before_stay_in_the_summary_while_all_else_is_the_same(ba
 
 
 def test_invariance_check_counts_what_flips(base, task, monkeypatch):
-    def generate(model, tokenizer, prompts, batch_size, **options):
+    def generate(generator, prompts):
         for index in range(len(prompts)):
-            alone = batch_size == 1
+            alone = generator.batch_size == 1
             yield (
                 index,
                 Generation("The answer is 5." if index == 0 else f"The answer is {1 if alone else 2}.", (), True),
             )
 
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation.Generator, "generate", generate)
     result = evaluate(base, tasks=[task], check_invariance=3, batch_size=4).tasks["own"]
     # Of questions 0, 1 and 2 (labels 5, 7, 1): the first is the same, the others differ, and the third flips to right.
     assert result.invariance == {"questions": 3, "differ": 2, "flipped": 1, "share": pytest.approx(1 / 3)}
@@ -279,11 +280,12 @@ def test_invariance_check_counts_what_flips(base, task, monkeypatch):
 def test_invariance_of_bfloat16_is_checked_in_float32(base, task, tmp_path, monkeypatch):
     run, dtypes = make_run(base, tmp_path / "run"), []
 
-    def generate(model, tokenizer, prompts, **options):
-        dtypes.append((model.dtype, options["batch_size"], hasattr(model, "peft_config")))
+    def generate(generator, prompts):
+        model = generator.model
+        dtypes.append((model.dtype, generator.batch_size, hasattr(model, "peft_config")))
         return ((index, Generation("5", (), True)) for index in range(len(prompts)))
 
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation.Generator, "generate", generate)
     evaluate(run, tasks=[task], check_invariance=2, dtype="bfloat16", batch_size=4)
     evaluate(base, run / "adapter", tasks=[task], check_invariance=2, dtype="bfloat16", batch_size=4)
     assert dtypes == [(torch.bfloat16, 4, True), (torch.float32, 1, True)] * 2

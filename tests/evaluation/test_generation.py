@@ -7,9 +7,18 @@ import torch
 from tiny import FAMILIES, POSITIONS, VOCAB, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
+from llm_adapters.acceleration.pages import PAGE, PagedCache
+from llm_adapters.bottleneck import BottleneckConfig
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.evaluation import generation
-from llm_adapters.evaluation.generation import Generation, check_prompts, choose_batch_size, context_limit, generate
+from llm_adapters.evaluation import engine, generation, padded
+from llm_adapters.evaluation.generation import (
+    Generation,
+    Generator,
+    check_prompts,
+    choose_batch_size,
+    context_limit,
+    generate,
+)
 
 NEW = 8
 LENGTHS = (5, 17, 33, 9, 1, 26, 26, 40, 2)
@@ -61,8 +70,13 @@ def test_padded_batches_give_what_each_prompt_gives_alone(family):
     assert [together[index].tokens for index in range(len(prompts))] == expected
 
 
+NAMED = ["llama", "bloom", "gptj", "gpt2", "qwen3", "mixtral"]
+# Those whose attention the engine cannot take; the others must not fall back unnoticed.
+FALL_BACK = {"bloom", "gptj", "gpt_neo", "falcon", "mpt", "gemma2", "stablelm"}
+
+
 @pytest.mark.parametrize("num_beams", [1, 4])
-@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
+@pytest.mark.parametrize("family", NAMED)
 def test_batch_size_and_order_change_nothing(family, num_beams):
     model, prompts = tiny_model(family), make_prompts()
     expected = run(model, prompts, batch_size=1, num_beams=num_beams)
@@ -74,16 +88,113 @@ def test_batch_size_and_order_change_nothing(family, num_beams):
     assert {order[at]: answer for at, answer in shuffled.items()} == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
-def test_beams_equal_those_of_transformers_alone(family):
-    model, prompts = tiny_model(family), make_prompts()
-    config = GenerationConfig(max_new_tokens=NEW, num_beams=4, do_sample=False, pad_token_id=0, eos_token_id=2)
-    expected = []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_families_the_engine_takes(family):
+    with Generator(tiny_model(family), tiny_tokenizer()) as generator:
+        assert (generator.report["engine"] == "transformers") == (family in FALL_BACK), generator.report
+
+
+def by_transformers(model, prompts, num_beams, new, ends):
+    """transformers' own `generate`, one prompt at a time, cut before the end."""
+    config = GenerationConfig(
+        max_new_tokens=new, num_beams=num_beams, do_sample=False, pad_token_id=0, eos_token_id=list(ends)
+    )
+    answers = []
     for prompt in prompts:
         tokens = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
-        expected.append(tuple(tokens[: tokens.index(2)] if 2 in tokens else tokens))
-    answers = run(model, prompts, batch_size=4, num_beams=4)
+        stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+        answers.append(tuple(tokens[:stop]))
+    return answers
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("family", NAMED)
+def test_equal_to_transformers_alone(family, num_beams):
+    model, prompts = tiny_model(family), make_prompts()
+    # Ends that do occur, so that answers end anywhere, and free places are taken again.
+    free = by_transformers(model, prompts, num_beams, 24, {2})
+    ends = {2, *(free[at][5 * at % 20] for at in (0, 1, 2, 3, 5, 7))}
+    model.generation_config.eos_token_id = sorted(ends)
+    expected = by_transformers(model, prompts, num_beams, 24, ends)
+    assert len({len(answer) for answer in expected}) > 1
+    answers = run(model, prompts, batch_size=3, num_beams=num_beams, max_new_tokens=24)
     assert [answers[index].tokens for index in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_answers_of_many_pages_and_prompts_that_begin_alike(num_beams, monkeypatch):
+    monkeypatch.setattr("llm_adapters.acceleration.pages.PAGE", 4)
+    monkeypatch.setattr(engine, "PAGE", 4)
+    monkeypatch.setattr(engine, "PROMPT_TOKENS", 20)
+    model, prompts = tiny_model("llama"), [[7, 8, 9, 10, 11, *prompt] for prompt in make_prompts()]
+    ends = {2, *range(3, 300, 40)} if num_beams == 1 else {2, 60}
+    model.generation_config.eos_token_id = sorted(ends)
+    expected = by_transformers(model, prompts, num_beams, 30, ends)
+    for size in (1, 2, 5, 9):
+        answers = run(model, prompts, batch_size=size, num_beams=num_beams, max_new_tokens=30)
+        assert [answers[index].tokens for index in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("method", ["series", "parallel", "lora"])
+def test_adapters_on_the_engine_equal_transformers(method):
+    configs = {
+        "lora": peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.1),
+        "series": BottleneckConfig(insertion="series", bottleneck_size=8, task_type="CAUSAL_LM"),
+        "parallel": BottleneckConfig(insertion="parallel", bottleneck_size=8, task_type="CAUSAL_LM"),
+    }
+    model, prompts = trained(tiny_model("llama"), configs[method]), make_prompts()
+    expected = run(model, prompts, own=False)
+    assert run(model, prompts) == expected
+    assert run(model, prompts, merge=False) == expected
+    with Generator(model, tiny_tokenizer()) as generator:
+        assert generator.report["fast_paths"].get("LoRA merged", "").startswith("on") == (method == "lora")
+    base = run(tiny_model("llama"), prompts)
+    assert expected != base
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_one_token_answers_and_empty_ones(family, num_beams):
+    model, prompts = tiny_model(family), make_prompts()
+    answers = run(model, prompts, max_new_tokens=1, num_beams=num_beams, batch_size=4)
+    assert {len(answer.tokens) + answer.finished for answer in answers.values()} == {1}
+    model.generation_config.eos_token_id = list(range(VOCAB))
+    answers = run(model, prompts, batch_size=4)
+    assert {(answer.text, answer.tokens, answer.finished) for answer in answers.values()} == {("", (), True)}
+
+
+def test_tokens_are_told_as_they_come():
+    model, prompts = tiny_model("llama"), make_prompts()
+    for own in (True, False):
+        told = {index: [] for index in range(len(prompts))}
+        with Generator(model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=3, own=own) as generator:
+            answers = dict(generator.generate(prompts, lambda index, token, told=told: told[index].append(token)))
+        assert {index: tuple(tokens) for index, tokens in told.items()} == {
+            index: answer.tokens + (2,) * answer.finished for index, answer in answers.items()
+        }
+
+
+def test_pages_are_reused_moved_down_and_given_back():
+    cache = PagedCache(4, 3 * PAGE, torch.device("cpu"))
+    for slot in range(4):
+        cache.reserve(slot, 2 * PAGE + 1)
+    keys, _ = cache.layer(0, torch.zeros(2, 1, 8), torch.zeros(2, 1, 8))
+    for slot in range(4):
+        keys[cache.table[slot]] = float(slot + 1)
+    top = cache.top
+    cache.release(1)
+    cache.reserve(1, 1)
+    assert cache.top == top
+    keys[cache.table[1, 0]] = 9.0
+    cache.release(0)
+    cache.release(2)
+    cache.compact()
+    assert cache.top == 5  # nowhere's page, one page and three
+    assert {float(keys[page].mean()) for page in cache.table[3].tolist()} == {4.0}
+    assert float(keys[cache.table[1, 0]].mean()) == 9.0
+    cache.hand_over(3, 0)
+    assert {float(keys[page].mean()) for page in cache.table[0].tolist()} == {4.0}
+    assert set(cache.owner[: cache.top].tolist()) == {-1, 0, 1}
 
 
 @pytest.mark.parametrize("method", PROMPT_LEARNING)
@@ -145,31 +256,39 @@ def test_text_is_what_the_tokens_spell():
     assert answer.text == tiny_tokenizer().decode(answer.tokens)
 
 
-def test_longest_prompts_come_first_and_batches_have_their_size(monkeypatch):
+def test_padded_batches_have_their_size_and_the_longest_prompts_come_first(monkeypatch):
     sizes = []
-    original = generation._generate_batch
+    original = padded.generate_batch
 
-    def spy(model, tokenizer, prompts, *rest):
+    def spy(model, prompts, **options):
         sizes.append(list(map(len, prompts)))
-        return original(model, tokenizer, prompts, *rest)
+        return original(model, prompts, **options)
 
-    monkeypatch.setattr(generation, "_generate_batch", spy)
-    run(tiny_model("llama"), make_prompts(), batch_size=4)
+    monkeypatch.setattr(padded, "generate_batch", spy)
+    run(tiny_model("llama"), make_prompts(), batch_size=4, own=False)
     assert sizes == [[40, 33, 26, 26], [17, 9, 5, 2], [1]]
 
 
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog):
-    original = generation._generate_batch
+@pytest.mark.parametrize("own", [True, False])
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog, own):
+    generate_batch, forward = padded.generate_batch, PagedCache.__init__
 
-    def small(model, tokenizer, prompts, *rest):
+    def few(model, prompts, **options):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("no room")
-        return original(model, tokenizer, prompts, *rest)
+        return generate_batch(model, prompts, **options)
+
+    def small(cache, slots, *rest):
+        if slots > 2:
+            raise torch.OutOfMemoryError("no room")
+        forward(cache, slots, *rest)
 
     model, prompts = tiny_model("llama"), make_prompts()
     expected = run(model, prompts)
-    monkeypatch.setattr(generation, "_generate_batch", small)
-    assert run(model, prompts, batch_size=8) == expected
+    monkeypatch.setattr(padded, "generate_batch", few)
+    with Generator(model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=8, own=own) as generator:
+        monkeypatch.setattr(PagedCache, "__init__", small)
+        assert dict(generator.generate(prompts)) == expected
     assert "going on with 2" in caplog.text
 
 
@@ -221,8 +340,8 @@ def test_a_damaged_model_is_told_from_a_wrong_answer():
 
 def test_batch_size_follows_memory(monkeypatch):
     model = tiny_model("llama")
-    assert choose_batch_size(model, [10, 300], 100) == generation.LARGEST_BATCH["cpu"]
-    assert choose_batch_size(model, [10, 300], 100, num_beams=4) == generation.LARGEST_BATCH["cpu"] // 4
+    assert choose_batch_size(model, [10, 300], 100) == generation.LARGEST_BATCH
+    assert choose_batch_size(model, [10, 300], 100, num_beams=4) == generation.LARGEST_BATCH // 4
     # A row: keys and values, 2 layers, 2 heads of 8 numbers of 4 bytes, 400 tokens; and 16 bytes for each of 304 words.
     row = 2 * 2 * 2 * 8 * 4 * 400 + 16 * VOCAB
     monkeypatch.setattr(generation, "_free_memory", lambda device: 2 * 5 * row)

@@ -87,7 +87,7 @@ class PagedCache:
     def compact(self) -> None:
         """Move pages down where many below the highest one are free."""
         used = sum(map(len, self._held))
-        if self.top <= 1.5 * (used + 1):
+        if self.top <= 1.2 * (used + 1):
             return
         highest = [p for p in range(self.top - 1, used, -1) if self.owner[p] >= 0]
         lowest = [heapq.heappop(self._free) for _ in highest]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LARGEST_BATCH = {"cpu": 128, "other": 256}
+LARGEST_BATCH = 256
+LARGEST_PADDED_BATCH = {"cpu": 32, "other": 64}
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ class Generator:
         left = [index for index in range(len(prompts)) if index not in skipped]
         if not left:
             return
-        lengths = [len(prompts[index]) for index in left]
-        size = self.batch_size or choose_batch_size(self.model, lengths, self.max_new_tokens, self.num_beams)
+        size = self.size([prompts[index] for index in left])
         while left:
             asked, done = list(left), set()
             started = time.perf_counter()
@@ -157,6 +157,15 @@ class Generator:
                 logger.warning("a batch of %d does not fit in memory: going on with %d", size, size // 2)
                 size //= 2
             left = [index for index in left if index not in done]
+
+    def size(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many answers to `prompts` are in the making at a time."""
+        if self.batch_size is not None:
+            return self.batch_size
+        largest = LARGEST_BATCH
+        if self._acceleration is None:
+            largest = LARGEST_PADDED_BATCH["cpu" if self.model.device.type == "cpu" else "other"]
+        return choose_batch_size(self.model, list(map(len, prompts)), self.max_new_tokens, self.num_beams, largest)
 
     def _answers(
         self,
@@ -251,8 +260,14 @@ def context_limit(model: "PreTrainedModel") -> int:
     return limit - (getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0)
 
 
-def choose_batch_size(model: "PreTrainedModel", lengths: Sequence[int], max_new_tokens: int, num_beams: int = 1) -> int:
-    """How many prompts of these `lengths` fit in half of the free memory at once, and no more than what pays."""
+def choose_batch_size(
+    model: "PreTrainedModel",
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    num_beams: int = 1,
+    largest: int = LARGEST_BATCH,
+) -> int:
+    """How many prompts of these `lengths` fit in half of the free memory at once; no more than `largest` beams."""
     import torch
 
     config = model.config.get_text_config()
@@ -262,7 +277,6 @@ def choose_batch_size(model: "PreTrainedModel", lengths: Sequence[int], max_new_
     cache = 2 * config.num_hidden_layers * heads * width * item * (max(lengths, default=0) + max_new_tokens)
     # Beside the cache: the cache is copied when beams are reordered, logits and their softmax are float32.
     row = num_beams * (cache * (2 if num_beams > 1 else 1) + 4 * 4 * config.vocab_size)
-    largest = LARGEST_BATCH["cpu" if model.device.type == "cpu" else "other"]
     return max(1, min(largest // num_beams, _free_memory(model.device) // 2 // row))
 
 

@@ -89,18 +89,19 @@ def evaluate(
     results: dict[str, TaskResult] = {}
     records: dict[str, list[Record]] = {}
     journals = []
-    with EvaluationProgress(progress) as bar:
+    with EvaluationProgress(progress) as bar, _generator(loaded, settings) as generator:
+        about["generation"] = generator.report
         for task in work:
             journal = Journal(folder and folder / f".{task.name}.partial.jsonl", _digest(about, task, batch_size))
             journals.append(journal)
-            records[task.name], costs = _measure(loaded, task, settings, journal, bar)
+            records[task.name], costs = _measure(generator, task, settings, journal, bar)
             score = summarise(records[task.name], task.kind, leakage_known=trained_on is not None)
             results[task.name] = dataclasses.replace(score, **costs)
     if check_invariance:
-        alone = _in_float32(loaded)
-        for task in work:
-            found = _ask_again(alone, task, records[task.name], settings, check_invariance)
-            results[task.name] = dataclasses.replace(results[task.name], invariance=found)
+        with _generator(_in_float32(loaded), dataclasses.replace(settings, batch_size=1)) as alone:
+            for task in work:
+                found = _ask_again(alone, task, records[task.name], settings, check_invariance)
+                results[task.name] = dataclasses.replace(results[task.name], invariance=found)
     about["warnings"] = _warnings(results)
     evaluation = Evaluation(results, records, about)
     if folder:
@@ -236,8 +237,18 @@ def _digest(about: dict[str, Any], task: _Work, batch_size: int | None) -> str:
 # --- the measurement
 
 
+def _generator(loaded: LoadedModel, settings: _Settings) -> generation.Generator:
+    return generation.Generator(
+        loaded.model,
+        loaded.tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.protocol.num_beams,
+        batch_size=settings.batch_size,
+    )
+
+
 def _measure(
-    loaded: LoadedModel, task: _Work, settings: _Settings, journal: Journal, bar: EvaluationProgress
+    generator: generation.Generator, task: _Work, settings: _Settings, journal: Journal, bar: EvaluationProgress
 ) -> tuple[list[Record], dict[str, Any]]:
     """A record per question in the order of the task, and what they cost: seconds, batch size."""
     done: dict[int, Record] = {}
@@ -252,32 +263,21 @@ def _measure(
             total_seconds += seconds
             bar.question(done[kept.index].correct, kept.tokens, 0.0)
     todo = [question for question in task.questions if question.index not in done]
-    beams = settings.protocol.num_beams
-    size = settings.batch_size or generation.choose_batch_size(
-        loaded.model, [len(question.ids) for question in task.questions], settings.max_new_tokens, beams
-    )
-    for question, answer in _ask(loaded, todo, settings, size):
+    for question, answer in _ask(generator, todo):
         record = _record(task, question, answer, settings)
         done[record.index] = record
         journal.add(record, answer.seconds)
         bar.question(record.correct, record.tokens, answer.seconds)
         total_seconds += answer.seconds
     records = [done[question.index] for question in task.questions]
+    size = generator.size([question.ids for question in task.questions])
     return records, {"seconds": total_seconds, "batch_size": size}
 
 
 def _ask(
-    loaded: LoadedModel, questions: Sequence[_Question], settings: _Settings, batch_size: int
+    generator: generation.Generator, questions: Sequence[_Question]
 ) -> Iterator[tuple[_Question, generation.Generation]]:
-    answers = generation.generate(
-        loaded.model,
-        loaded.tokenizer,
-        [question.ids for question in questions],
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.protocol.num_beams,
-        batch_size=batch_size,
-    )
-    return ((questions[at], answer) for at, answer in answers)
+    return ((questions[at], answer) for at, answer in generator.generate([question.ids for question in questions]))
 
 
 def _record(task: _Work, question: _Question, answer: generation.Generation, settings: _Settings) -> Record:
@@ -312,14 +312,14 @@ def _in_float32(loaded: LoadedModel) -> LoadedModel:
 
 
 def _ask_again(
-    loaded: LoadedModel, task: _Work, records: Sequence[Record], settings: _Settings, count: int
+    alone: generation.Generator, task: _Work, records: Sequence[Record], settings: _Settings, count: int
 ) -> dict[str, Any]:
     """Ask `count` questions, evenly spread, one at a time, and compare with the `records` of the measurement."""
     possible = [question for question in task.questions if not records[question.index].skipped]
     count = min(count, len(possible))
     chosen = [possible[at * len(possible) // count] for at in range(count)]
     differ = flipped = 0
-    for question, answer in _ask(loaded, chosen, settings, batch_size=1):
+    for question, answer in _ask(alone, chosen):
         before, after = records[question.index], _record(task, question, answer, settings)
         differ += after.output != before.output
         flipped += after.correct != before.correct
