@@ -116,7 +116,7 @@ def test_equal_to_transformers_alone(family, num_beams):
     ends = {2, *(free[at][5 * at % 20] for at in (0, 1, 2, 3, 5, 7))}
     model.generation_config.eos_token_id = sorted(ends)
     expected = by_transformers(model, prompts, num_beams, 24, ends)
-    assert len({len(answer) for answer in expected}) > 1
+    assert family in FALL_BACK or len({len(answer) for answer in expected}) > 1
     answers = run(model, prompts, batch_size=3, num_beams=num_beams, max_new_tokens=24)
     assert [answers[index].tokens for index in range(len(prompts))] == expected
 
