@@ -75,7 +75,7 @@ def test_packed_is_padded_and_a_shared_prefix_is_one_of_each(family: str) -> Non
             (micro,) = Collator(0).cut(alike)
             assert micro.pack is not None
             assert micro.pack.prefix >= 9
-            assert micro.pack.tokens == micro.tokens - 5 * micro.pack.prefix
+            assert micro.pack.end == micro.tokens - 5 * micro.pack.prefix
 
 
 def test_no_token_sees_another_segment() -> None:

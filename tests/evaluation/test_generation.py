@@ -189,7 +189,8 @@ def test_pages_are_reused_moved_down_and_given_back():
     cache.release(0)
     cache.release(2)
     cache.compact()
-    assert cache.top == 5  # nowhere's page, one page and three
+    assert cache.top == 8  # nowhere's page, one page and three, rounded
+    assert int(cache.table.max()) < 5
     assert {float(keys[page].mean()) for page in cache.table[3].tolist()} == {4.0}
     assert float(keys[cache.table[1, 0]].mean()) == 9.0
     cache.hand_over(3, 0)

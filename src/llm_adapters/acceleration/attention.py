@@ -122,7 +122,9 @@ def _prompts(
     queries = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1]).index_select(0, places)
     queries = queries.view(len(pack.lengths) * groups, -1, query.shape[-1])
     probabilities = _probabilities(queries, _with_prefix(key, pack), pack.bias(window, query.dtype)[1])
-    _back(torch.bmm(probabilities, _with_prefix(value, pack)), pack, out)
+    tokens = pack.end - pack.prefix
+    _back(torch.bmm(probabilities, _with_prefix(value, pack)), pack, out[:tokens])
+    out[tokens:] = 0
 
 
 class _Packed(torch.autograd.Function):
@@ -143,7 +145,8 @@ class _Packed(torch.autograd.Function):
         out = query.new_empty(tokens, heads, value.shape[-1])
         keys, values = _with_prefix(key, pack), _with_prefix(value, pack)
         probabilities = _probabilities(_segments(query, pack, len(key)).mul_(scale), keys, on_segments)
-        _back(torch.bmm(probabilities, values), pack, out[pack.prefix :])
+        _back(torch.bmm(probabilities, values), pack, out[pack.prefix : pack.end])
+        out[pack.end :] = 0
         first = query.new_empty(0)
         if pack.prefix:
             own = slice(0, pack.prefix)
@@ -162,6 +165,8 @@ class _Packed(torch.autograd.Function):
         grad = gradients[0].transpose(0, 1)  # (heads, tokens, width)
         # (tokens, heads, width), as the projections have it.
         d_query, d_key, d_value = (t.new_empty(t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
+        for whole in (d_query, d_key, d_value):
+            whole[pack.end :] = 0
         d_segments = _segments(grad, pack, groups)
         # What is padded is computed and dropped, and must have no gradient.
         d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, pack.padding(len(query)), 0)
@@ -172,9 +177,9 @@ class _Packed(torch.autograd.Function):
             _with_prefix(value, pack),
             probabilities,
         )
-        _back(dq.mul_(scale), pack, d_query[prefix:])
+        _back(dq.mul_(scale), pack, d_query[prefix : pack.end])
         for whole, part in ((d_key, dk), (d_value, dv)):
-            _back(part, pack, whole[prefix:], before=True)
+            _back(part, pack, whole[prefix : pack.end], before=True)
             shared = part.view(len(pack.lengths), groups, -1, part.shape[-1])[:, :, :prefix]
             whole[:prefix] = shared.sum(0).transpose(0, 1)
         if prefix:
@@ -212,11 +217,12 @@ def _with_dropout(
     queries = _segments(query, pack, len(key))
     out = attend(queries, _with_prefix(key, pack), _with_prefix(value, pack), on_segments)
     rows = _rows(out, pack, len(query)).view(-1, len(query), out.shape[-1])
-    if not pack.prefix:
-        return rows
-    own = slice(0, pack.prefix)
-    first = attend(_grouped(query[:, own], len(key)), key[:, own], value[:, own], on_prefix[None])
-    return torch.cat((first.view(len(query), pack.prefix, -1).transpose(0, 1), rows))
+    parts = [rows, rows.new_zeros(pack.tokens - pack.end, *rows.shape[1:])]
+    if pack.prefix:
+        own = slice(0, pack.prefix)
+        first = attend(_grouped(query[:, own], len(key)), key[:, own], value[:, own], on_prefix[None])
+        parts.insert(0, first.view(len(query), pack.prefix, -1).transpose(0, 1))
+    return torch.cat(parts)
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,13 @@
 from typing import Any
 
 import torch
+from torch import nn
+
+from llm_adapters.acceleration.packing import rounded
 
 # Of float32 logits at once: enough rows for the product to run at full speed, few enough to be no burden.
 CHUNK_BYTES = 48 * 2**20
+_ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -16,7 +20,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
-        rows = max(16, min(len(hidden), CHUNK_BYTES // (4 * len(weight))))
+        rows = rounded(max(1, min(len(hidden), CHUNK_BYTES // (4 * len(weight)))), _ROWS)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         # One pair of buffers for all chunks: fresh memory for so many logits costs more than their softmax.
@@ -25,8 +29,9 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             target = targets[part, None]
-            logits, exact = logits_buffer[: len(target)], exact_buffer[: len(target)]
-            torch.mm(hidden[part], weight.t(), out=logits)
+            count = len(target)
+            logits, exact = logits_buffer[:count], exact_buffer[:count]
+            torch.mm(_filled(hidden[part]), weight.t(), out=logits_buffer[: rounded(count, _ROWS)])
             if bias is not None:
                 logits += bias
             at_target = logits.gather(1, target).float()
@@ -37,7 +42,9 @@ class _HeadLoss(torch.autograd.Function):
             total += (normaliser - at_target).sum()
             if gradient is not None:
                 exact.scatter_add_(1, target, exact.new_full((1, 1), -1.0).expand_as(target))
-                torch.mm(logits.copy_(exact), weight, out=gradient[part])
+                logits.copy_(exact)
+                logits_buffer[count : rounded(count, _ROWS)] = 0
+                gradient[part] = torch.mm(logits_buffer[: rounded(count, _ROWS)], weight)[:count]
         ctx.save_for_backward(gradient)
         return total
 
@@ -45,6 +52,11 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient * gradients[0]).to(gradient.dtype), None, None, None
+
+
+def _filled(hidden: torch.Tensor) -> torch.Tensor:
+    """(rows, width), with rows of zeros up to a round number."""
+    return nn.functional.pad(hidden, (0, 0, 0, rounded(len(hidden), _ROWS) - len(hidden)))
 
 
 def head_loss(

@@ -168,7 +168,7 @@ class Acceleration:
         try:
             pack = Pack.of(sequences, prefix=3, device=self.base.device)
             found = self.hidden(pack)[0]
-            parts = found[3:].split(list(pack.lengths))
+            parts = found[3 : pack.end].split(list(pack.lengths))
             for part, whole in zip(parts, expected, strict=True):
                 refused = refused or differs(torch.cat((found[:3], part)), whole)
         except attention.Unsupported as error:

@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
+# Sizes come in steps. A CPU's matrix products are compiled and kept for every new shape: many shapes cost time, and
+# memory that looks like a leak.
+_TOKENS, _LONGEST = 32, 16
+
+
+def rounded(count: int, step: int) -> int:
+    """The next size up that is a multiple of `step`, or below it a power of two."""
+    return -(-count // step) * step if count > step else 1 << max(0, count - 1).bit_length()
+
 
 @dataclass
 class Pack:
-    """One row of tokens: the shared prefix, then the segments.
+    """One row of tokens: the shared prefix, then the segments, then fillers that see nothing and that nobody sees.
 
     Attributes:
         input_ids: (1, tokens), int64.
@@ -38,12 +47,19 @@ class Pack:
             raise ValueError(f"a sequence of {prefix + min(lengths)} tokens has none beside a prefix of {prefix}")
         row = [*sequences[0][:prefix], *(token for sequence in sequences for token in sequence[prefix:])]
         positions = [*range(prefix), *(at for length in lengths for at in range(prefix, prefix + length))]
+        fillers = [0] * (rounded(len(row), _TOKENS) - len(row))
+        row, positions = row + fillers, positions + fillers
         return cls(torch.tensor([row], device=device), torch.tensor([positions], device=device), prefix, lengths)
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed."""
+        """Tokens that are computed, the fillers counted."""
         return self.input_ids.shape[1]
+
+    @property
+    def end(self) -> int:
+        """Where in the row the fillers begin."""
+        return self.prefix + sum(self.lengths)
 
     @property
     def starts(self) -> list[int]:
@@ -56,8 +72,8 @@ class Pack:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest segment, to which attention pads the others."""
-        return max(self.lengths)
+        """To so many tokens attention pads every segment."""
+        return rounded(max(self.lengths), _LONGEST)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Every layer asks for the same: make it for the first."""

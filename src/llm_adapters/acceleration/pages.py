@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from llm_adapters.acceleration.packing import Pack, additive
+from llm_adapters.acceleration.packing import Pack, additive, rounded
 
 PAGE = 64
+_STEP = 32  # pages are multiplied in such numbers (see `packing.rounded`)
 _NOWHERE = 0  # a page that belongs to nobody, for what is computed and dropped
 
 
@@ -34,14 +35,14 @@ class PagedCache:
         prefix: tokens of the prefix that all sequences share; 0 until it is stored.
         table: (slots, pages), int64: the pages of each slot in their order, `_NOWHERE` where there is none.
         owner, rank: (pages,), int64: the slot that each page belongs to, -1 for none, and which of its pages it is.
-        top: all pages in use are below.
+        top: all pages in use are below; a round number.
     """
 
     def __init__(self, slots: int, longest: int, device: torch.device) -> None:
         self.most = -(-longest // PAGE)
         self.prefix, self.top = 0, 1
         self.table = torch.full((slots, self.most), _NOWHERE, device=device)
-        self.owner = torch.full((1 + slots * self.most,), -1, device=device)
+        self.owner = torch.full((rounded(1 + slots * self.most, _STEP),), -1, device=device)
         self.rank = torch.zeros_like(self.owner)
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._free = list(range(1, 1 + slots * self.most))  # a heap, and sorted
@@ -57,7 +58,7 @@ class PagedCache:
             page = heapq.heappop(self._free)
             self.table[slot, len(held)], self.owner[page], self.rank[page] = page, slot, len(held)
             held.append(page)
-            self.top = max(self.top, page + 1)
+            self.top = max(self.top, rounded(page + 1, _STEP))
         if self.top > before:
             for layer in self._layers.values():
                 for part in layer:
@@ -87,7 +88,7 @@ class PagedCache:
     def compact(self) -> None:
         """Move pages down where many below the highest one are free."""
         used = sum(map(len, self._held))
-        if self.top <= 1.2 * (used + 1):
+        if self.top <= rounded(used + 1 + used // 8, _STEP):
             return
         highest = [p for p in range(self.top - 1, used, -1) if self.owner[p] >= 0]
         lowest = [heapq.heappop(self._free) for _ in highest]
@@ -99,7 +100,7 @@ class PagedCache:
         for old, new, slot, at in zip(highest, lowest, owner.tolist(), rank.tolist(), strict=True):
             self._held[slot][at] = new
             heapq.heappush(self._free, old)
-        self.top = used + 1
+        self.top = rounded(used + 1, _STEP)
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for layer in self._layers.values():
@@ -160,13 +161,15 @@ class Step:
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             cache, device = self.cache, self.at.device
             own = torch.where(self.alive, self.at - cache.prefix, 0)
-            slots = torch.arange(len(own), device=device)
+            slots = torch.where(self.alive, torch.arange(len(own), device=device), 0)
             dead = [~self.alive]
             if self.pack is not None and self.slots is not None:
                 lengths = torch.tensor(self.pack.lengths, device=device)
                 slots = torch.cat((slots, torch.tensor(self.slots, device=device).repeat_interleave(lengths)))
-                own = torch.cat((own, self.pack.position_ids[0, self.pack.prefix :] - cache.prefix))
-                dead.append(torch.zeros(int(lengths.sum()), dtype=torch.bool, device=device))
+                own = torch.cat((own, self.pack.position_ids[0, self.pack.prefix : self.pack.end] - cache.prefix))
+                fillers = own.new_zeros(self.pack.tokens - self.pack.end)
+                slots, own = torch.cat((slots, fillers)), torch.cat((own, fillers))
+                dead += [self.alive.new_zeros(int(lengths.sum())), self.alive.new_ones(len(fillers))]
             return cache.table[slots, own // PAGE].masked_fill(torch.cat(dead), _NOWHERE), own % PAGE
 
         return self.once("places", make)
@@ -207,7 +210,7 @@ class Step:
 def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
     """Put the row's keys and values, (key-value heads, tokens, width), where they belong."""
     if step.pack is not None and step.slots is None:
-        step.cache.keep_prefix(layer, key, value)
+        step.cache.keep_prefix(layer, key[:, : step.pack.end], value[:, : step.pack.end])
         return
     pages, columns = step.places()
     for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):

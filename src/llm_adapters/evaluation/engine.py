@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 from llm_adapters.acceleration.model import Acceleration, differs, probe_sequences
-from llm_adapters.acceleration.packing import Pack, common_prefix
+from llm_adapters.acceleration.packing import Pack, common_prefix, rounded
 from llm_adapters.acceleration.pages import PAGE, PagedCache, Step
 from llm_adapters.evaluation.search import Beams, Greedy, Search
 
+_ROWS = 16  # tokens are computed in such numbers (see `packing.rounded`)
 PROMPT_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and answers wait for it
 
 # (index of the prompt, the tokens of its answer, the one that ends it included)
@@ -72,7 +73,7 @@ class Engine:
             if decoded:
                 self._advance(decoded, logits[: decoded * self.search.width], fresh)
             if fresh:
-                self._begin(fresh, logits[decoded * self.search.width :])
+                self._begin(fresh, logits[-len(fresh) :])
             if on_token is not None:
                 for group, owner in enumerate(self.owners):
                     if owner is not None:
@@ -103,7 +104,7 @@ class Engine:
         return fresh
 
     def _prompts_and_tokens(self, fresh: list[int], decoded: int) -> torch.Tensor:
-        """The logits that follow the last tokens of the first `decoded` groups, and the prompts of the `fresh` ones."""
+        """The logits that follow the last tokens of the first `decoded` groups (and more), and the `fresh` prompts."""
         pack = slots = None
         if fresh:
             prompts = [self.prompts[index] for group in fresh if (index := self.owners[group]) is not None]
@@ -124,14 +125,12 @@ class Engine:
             if alive[group]:
                 for slot in range(group * width, (group + 1) * width):
                     self.cache.reserve(slot, int(at[group]) - self.prefix + 1)
-        step = Step(
-            self.cache,
-            at.repeat_interleave(width),
-            torch.tensor(alive, dtype=torch.bool, device=self.device).repeat_interleave(width),
-            pack,
-            slots,
-        )
-        return self.acceleration.logits(step, self.search.feed(decoded))
+        more = rounded(decoded * width, _ROWS) - decoded * width if decoded else 0
+        rows = at.repeat_interleave(width), torch.tensor(alive, device=self.device).repeat_interleave(width)
+        at, living = (torch.cat((part, part.new_zeros(more))) for part in rows)
+        tokens = self.search.feed(decoded)
+        step = Step(self.cache, at, living.bool(), pack, slots)
+        return self.acceleration.logits(step, torch.cat((tokens, tokens.new_zeros(more))))
 
     def _advance(self, decoded: int, logits: torch.Tensor, fresh: list[int]) -> None:
         parents = self.search.advance(decoded, logits)
