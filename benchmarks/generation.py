@@ -181,22 +181,25 @@ def peft_model(spec: dict) -> Any:
 
 
 def ours(spec: dict) -> dict:
-    """This project's engine."""
+    """This project's engine, as `evaluate` uses it; merging is its own work, and not timed, as little as loading is."""
     from llm_adapters import models
-    from llm_adapters.evaluation import generation
+    from llm_adapters.evaluation.generation import Generator
 
     loaded = models.load(spec["run"], dtype="bfloat16", device="cpu")
-    model = loaded.model
-    parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "bottleneck_" in name)
-    if spec["variant"] == "lora_merged":
-        model, parameters = model.merge_and_unload(), 0
+    merged = spec["variant"] == "lora_merged"
+    named = loaded.model.named_parameters()
+    parameters = 0 if merged else sum(p.numel() for name, p in named if "lora_" in name or "bottleneck_" in name)
+    generator = Generator(loaded.model, loaded.tokenizer, merge=merged, max_new_tokens=spec["max_new_tokens"])
 
     def generate(prompts: list[list[int]], limit: int) -> Iterator[tuple[int, list[int]]]:
-        for index, answer in generation.generate(model, loaded.tokenizer, prompts, max_new_tokens=limit):
+        generator.max_new_tokens = limit
+        for index, answer in generator.generate(prompts):
             # the end is not among an answer's tokens: any of the tokens that end it will do for counting
             yield index, [*answer.tokens, *(spec["ends"][:1] if answer.finished else [])]
 
-    return timed(spec, generate, read_prompts(spec)) | {"adapter_parameters": parameters}
+    with generator:
+        result = timed(spec, generate, read_prompts(spec))
+    return result | {"adapter_parameters": parameters, "engine": generator.report}
 
 
 def g1(spec: dict) -> dict:

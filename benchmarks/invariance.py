@@ -64,6 +64,7 @@ def measure(run: str, questions: list, max_new_tokens: int) -> dict:
                 [prompts[i] for i in order],
                 max_new_tokens=max_new_tokens,
                 batch_size=size,
+                merge=False,
             )
         )
         answers[name] = {order[at]: answer.tokens for at, answer in found.items()}

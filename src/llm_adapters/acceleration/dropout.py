@@ -32,6 +32,10 @@ def dropped(count: int, p: float, device: torch.device | str = "cpu") -> torch.T
 
 def drop(values: torch.Tensor, indices: torch.Tensor, p: float) -> torch.Tensor:
     """`values`, scaled by 1 / (1 - p), with the entries at the flat `indices` set to zero; a new tensor."""
-    out = values * (1.0 / (1.0 - p))
-    out.view(-1).index_fill_(0, indices, 0)
-    return out
+    return blank(values * (1.0 / (1.0 - p)), indices)
+
+
+def blank(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`values` with the entries at the flat `indices` set to zero, in place."""
+    values.view(-1).index_fill_(0, indices, 0)
+    return values

@@ -30,9 +30,10 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        a, b = a.to(x.dtype), (b * scale).to(x.dtype)
+        # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
+        a, b = (a / (1.0 - p)).to(x.dtype), (b * scale).to(x.dtype)
         zeros = dropout.dropped(flat.numel(), p, x.device) if p else None
-        seen = flat if zeros is None else dropout.drop(flat, zeros, p)
+        seen = flat if zeros is None else dropout.blank(flat.clone(), zeros)
         middle = functional.linear(seen, a)
         out = functional.linear(flat, weight, bias).addmm_(middle, b.t())
         if any(ctx.needs_input_grad):
@@ -46,8 +47,8 @@ class _LoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         grad = gradients[0].reshape(-1, gradients[0].shape[-1])
         d_middle = grad @ b
-        seen = flat if zeros is None else dropout.drop(flat, zeros, ctx.p)
-        d_a = (d_middle.t() @ seen).to(torch.float32)
+        seen = flat if zeros is None else dropout.blank(flat.clone(), zeros)
+        d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - ctx.p)
         d_b = (grad.t() @ middle).to(torch.float32).mul_(ctx.scale)
         d_x = None
         if ctx.needs_input_grad[0]:
@@ -55,7 +56,7 @@ class _LoraLinear(torch.autograd.Function):
             if zeros is None:
                 d_x.addmm_(d_middle, a)
             else:
-                d_x += dropout.drop(d_middle @ a, zeros, ctx.p)
+                d_x += dropout.blank(d_middle @ a, zeros)
             d_x = d_x.view_as(x)
         return d_x, None, None, d_a, d_b, None, None
 
@@ -179,12 +180,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        width = x.shape[-1]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = torch.rsqrt(norm.square_().div_(width).add_(eps))
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype).mul_(weight)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            ctx.save_for_backward(x, weight, torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)))
+        return functional.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -222,9 +221,7 @@ def rms_forward(own: Any, weight: torch.Tensor, eps: float, x: torch.Tensor) -> 
     """An RMS norm, fused."""
     if x.dtype != weight.dtype:
         return own(x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _RmsNorm.apply(x, weight, eps)
-    return functional.rms_norm(x, weight.shape, weight, eps)
+    return _RmsNorm.apply(x, weight, eps)
 
 
 # --- gated MLPs

@@ -94,22 +94,45 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
-    folder.mkdir(parents=True, exist_ok=True)
+    processes = _Processes(base.device.type == "cpu")
+    processes.wait()  # nobody writes before all have looked at the folder
     # What is not in a recipe's text but decides the result: the precision that "auto" came to.
     resolved = recipe.to_dict()
     resolved["model"]["dtype"] = str(base.dtype).removeprefix("torch.")
-    write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    processes.wait()
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     with Acceleration(model, recipe.training.accelerate) as fast:
         recorder, state = _fit(model, base, data, recipe, folder, resumes, progress, fast.packs)
     _check_finite(model)
     model.eval()
-    save_adapter(model, folder / "adapter", recipe.data.template)
     manifest = _manifest(recipe, base, model, data, recorder, state, time.monotonic() - started, fast.report)
-    write_json(folder / "manifest.json", manifest)  # last: its presence says that the run is finished
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if processes.first:
+        save_adapter(model, folder / "adapter", recipe.data.template)
+        write_json(folder / "manifest.json", manifest)  # last: its presence says that the run is finished
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    processes.wait()
     return Run(folder, manifest, recorder.losses, model, base.tokenizer)
+
+
+class _Processes:
+    """The processes that train together (torchrun's), of which the first one writes."""
+
+    def __init__(self, cpu: bool) -> None:
+        self._state: Any = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=cpu)
+        self.first = self._state is None or self._state.is_main_process
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
 
 
 def save_adapter(model: "PeftModel", folder: Path, template: str) -> None:
@@ -223,7 +246,7 @@ def _fit(
     if recipe.training.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
     checkpoint = complete_checkpoint(checkpoints) if resumes else None
-    if resumes and checkpoint is None:
+    if resumes and checkpoint is None and trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
     if checkpoint:
         logger.warning("going on from %s", checkpoint.name)

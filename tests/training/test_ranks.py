@@ -1,0 +1,61 @@
+"""Two processes that train together give what one process gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from llm_adapters.checkpoints import read_json
+
+TRAIN = "import sys, llm_adapters; llm_adapters.train(sys.argv[1], sys.argv[2], progress=False)"
+
+
+def run(recipe: dict[str, Any], folder: Path, processes: int) -> Path:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "train.py").write_text(TRAIN)
+    output = folder / f"run{processes}"
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, str(folder / "train.py"), str(folder / "recipe.yaml"), str(output)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bloom"])  # packs and padded rows
+def test_two_processes_give_the_adapter_of_one(family: str, tmp_path: Path) -> None:
+    recipe = {
+        "model": {"name": str(save_tiny(tmp_path / "model", family)), "dtype": "float32", "device": "cpu"},
+        "adapter": {"method": "parallel", "options": {"bottleneck_size": 8}},
+        "data": {
+            "train": "wordproblems-train",
+            "template": "plain",
+            "limit": 40,
+            "validation": 8,
+            "max_length": 256,
+        },
+        "training": {"epochs": 1, "batch_size": 8, "micro_batch_size": 3, "learning_rate": 1e-2, "log_every": 1},
+    }
+    one, two = (run(recipe, tmp_path, processes) for processes in (1, 2))
+    expected, found = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+    first, second = (read_json(folder / "manifest.json") for folder in (one, two))
+    for key in ("final_loss", "best_validation_loss"):
+        assert second[key] == pytest.approx(first[key], rel=1e-5)
+    assert second["data"] == first["data"]
