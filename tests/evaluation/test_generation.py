@@ -206,6 +206,19 @@ def test_learned_prompts_stand_right_before_the_padded_prompt(family, method):
     expected = [reference(model, prompt) for prompt in prompts]
     answers = run(model, prompts, batch_size=4)
     assert [answers[index].tokens for index in range(len(prompts))] == expected
+    with Generator(model, tiny_tokenizer()) as generator:
+        own = method == "prefix" and family not in FALL_BACK  # a learned prefix lies in the engine's cache
+        assert (generator.report["engine"] == "own") == own
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_a_learned_prefix_before_prompts_that_begin_alike(num_beams):
+    model = trained(tiny_model("llama"), PROMPT_LEARNING["prefix"])
+    prompts = [[7, 8, 9, *prompt] for prompt in make_prompts()]
+    expected = run(model, prompts, own=False, batch_size=1, num_beams=num_beams)
+    for size in (1, 4):
+        assert run(model, prompts, batch_size=size, num_beams=num_beams) == expected
+    assert run(model, prompts[:1], num_beams=num_beams) == {0: expected[0]}
 
 
 def test_an_adapter_takes_part_and_its_dropout_does_not():

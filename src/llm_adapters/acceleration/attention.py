@@ -87,13 +87,14 @@ def slot_attention(
     heads, tokens, _ = query.shape
     count = len(step.at)
     out = query.new_empty(tokens, heads, value.shape[-1])
+    before = step.cache.prefix_of(layer)
     pages.store(layer, key, value, step)
     if count:
         out[:count] = pages.decode(layer, query[:, :count], step, scale, sliding_window)
     if step.pack is not None:
         q, k, v = (part[:, count:] for part in (query, key, value))
-        if step.slots is not None and step.cache.prefix:
-            k, v = (torch.cat(pair, 1) for pair in zip(step.cache.prefix_of(layer), (k, v), strict=True))
+        if before is not None:
+            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
         _prompts(q, k, v, step, step.pack, scale, sliding_window, out[count:])
     return out[None], None
 

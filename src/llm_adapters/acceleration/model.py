@@ -80,7 +80,7 @@ class Acceleration:
             reason = weights.why_not_packed(self.base)
             self._packed, self.report["weights in blocks"] = reason is None, reason or ON
         sequences = probe_sequences(self.base)
-        refused = _why_not(self.model, self.base)
+        refused = _why_not(self.model, self.base, self.frozen)
         with torch.no_grad():
             expected = None if refused else [self._plain(sequence) for sequence in sequences]
             if expected is None:
@@ -276,9 +276,21 @@ def _is_prompt_learning(model: Any) -> bool:
     return config is not None and config.is_prompt_learning
 
 
-def _why_not(model: Any, base: Any) -> str | None:
-    """Why packs are not even tried."""
-    if _is_prompt_learning(model):
+def learned_prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The keys and values of prefix tuning, a pair (key-value heads, tokens, width) per layer; of other models none."""
+    if not _is_prefix_tuning(model):
+        return []
+    dtype = model.get_base_model().dtype
+    return [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in model.get_prompt(batch_size=1).layers]
+
+
+def _is_prefix_tuning(model: Any) -> bool:
+    return _is_prompt_learning(model) and model.active_peft_config.peft_type.value == "PREFIX_TUNING"
+
+
+def _why_not(model: Any, base: Any, frozen: bool) -> str | None:
+    """Why packs are not even tried. Generation keeps a learned prefix in its cache."""
+    if _is_prompt_learning(model) and not (frozen and _is_prefix_tuning(model)):
         return "the method puts tokens before the sequence"
     module = inspect.getmodule(type(base))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):

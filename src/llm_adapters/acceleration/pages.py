@@ -125,9 +125,9 @@ class PagedCache:
         self.prefix = key.shape[1]
         self._prefixes[index] = key.contiguous(), value.contiguous()
 
-    def prefix_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `keep_prefix` was given; only where there is a prefix."""
-        return self._prefixes[index]
+    def prefix_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `keep_prefix` was given; None where there is no prefix."""
+        return self._prefixes.get(index)
 
 
 @dataclass
@@ -139,7 +139,8 @@ class Step:
         at: (decoded,), int64: the position of the token of each of the first slots.
         alive: (decoded,), bool: which of them are of a sequence; what the others compute is dropped.
         pack: the new prompts, without the shared prefix; None for none.
-        slots: their slots. None where the only prompt is the shared prefix itself.
+        slots: their slots. None where the only prompt is the shared prefix itself, or what of it comes after a learned
+            one.
     """
 
     cache: PagedCache
@@ -210,7 +211,11 @@ class Step:
 def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
     """Put the row's keys and values, (key-value heads, tokens, width), where they belong."""
     if step.pack is not None and step.slots is None:
-        step.cache.keep_prefix(layer, key[:, : step.pack.end], value[:, : step.pack.end])
+        count = step.pack.end - step.pack.prefix
+        more = key[:, :count], value[:, :count]
+        learned = step.cache.prefix_of(layer)
+        joined = more if learned is None else (torch.cat(pair, 1) for pair in zip(learned, more, strict=True))
+        step.cache.keep_prefix(layer, *joined)
         return
     pages, columns = step.places()
     for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):
@@ -244,11 +249,11 @@ def decode(layer: int, query: torch.Tensor, step: Step, scale: float, window: in
     asking = step.once("asking", lambda: owner.clamp(max=count - 1))
     by_page = queries.index_select(0, asking).view(len(owner) * groups, -1, width)
     own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), heads, PAGE)
-    if prefix:
+    shared_prefix = cache.prefix_of(layer)
+    if shared_prefix is not None:
         # (key-value heads, tokens * heads of each, width)
         shared = queries.view(count, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
-        first, first_values = cache.prefix_of(layer)
-        found = torch.bmm(shared, first.transpose(1, 2)).view(groups, count, -1, prefix)
+        found = torch.bmm(shared, shared_prefix[0].transpose(1, 2)).view(groups, count, -1, prefix)
         scores[:count, :, columns:].unflatten(1, (groups, -1)).copy_(found.transpose(0, 1))
     scores += bias
     probabilities = torch.softmax(scores, -1)
@@ -258,8 +263,8 @@ def decode(layer: int, query: torch.Tensor, step: Step, scale: float, window: in
     by_token = parts.new_zeros(count + 1, pages, parts.shape[-1] * heads)
     by_token[owner, rank] = parts.view(len(owner), -1)
     out = by_token[:count].sum(1).view(count, heads, -1)
-    if prefix:
+    if shared_prefix is not None:
         shared = probabilities[:count, :, columns:].unflatten(1, (groups, -1)).transpose(0, 1)
-        found = torch.bmm(shared.reshape(groups, -1, prefix), first_values).view(groups, count, heads // groups, -1)
+        found = torch.bmm(shared.reshape(groups, -1, prefix), shared_prefix[1]).view(groups, count, heads // groups, -1)
         out.unflatten(1, (groups, -1)).add_(found.transpose(0, 1))
     return out

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from llm_adapters.acceleration.model import Acceleration, differs, probe_sequences
+from llm_adapters.acceleration.model import Acceleration, differs, learned_prefix, probe_sequences
 from llm_adapters.acceleration.packing import Pack, common_prefix, rounded
 from llm_adapters.acceleration.pages import PAGE, PagedCache, Step
 from llm_adapters.evaluation.search import Beams, Greedy, Search
@@ -43,16 +43,23 @@ class Engine:
         num_beams: int = 1,
         slots: int,
     ) -> None:
-        self.acceleration, self.prompts, self.device = acceleration, prompts, acceleration.base.device
+        self.acceleration, self.device = acceleration, acceleration.base.device
+        with torch.no_grad():
+            learned = learned_prefix(acceleration.model)
+        # A learned prefix takes the places of so many tokens that all prompts begin with, and that are never computed.
+        self.learned = learned[0][0].shape[1] if learned else 0
+        self.prompts = [[0] * self.learned + list(prompt) for prompt in prompts]
         self.groups = min(slots, len(prompts))
         self.search: Search = (
             Greedy(self.groups, max_new_tokens, ends, self.device)
             if num_beams == 1
             else Beams(self.groups, num_beams, max_new_tokens, ends, self.device)
         )
-        self.prefix = common_prefix(prompts)
-        longest = max(map(len, prompts)) - self.prefix + max_new_tokens
+        self.prefix = max(self.learned, common_prefix(self.prompts))
+        longest = max(map(len, self.prompts)) - self.prefix + max_new_tokens
         self.cache = PagedCache(self.groups * num_beams, longest, self.device)
+        for layer, (keys, values) in enumerate(learned):
+            self.cache.keep_prefix(layer, keys, values)
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is the last
         self.owners: list[int | None] = []  # the prompt of each group in use
         self.lengths = torch.full((self.groups,), self.prefix, device=self.device)  # of these prompts
@@ -64,8 +71,8 @@ class Engine:
         Args:
             on_token: for greedy decoding, called with the index of a prompt and each token of its answer.
         """
-        if self.prefix:
-            self._forward(Pack.of([self.prompts[0][: self.prefix]], device=self.device), None, 0)
+        if self.prefix > self.learned:
+            self._forward(Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device), None, 0)
         while self.waiting or self.owners:
             decoded = len(self.owners)
             fresh = self._admit()
