@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo   install, then train an adapter on a small real model and show what it bought (about 10 minutes)"
+	@echo "make demo   install, then train an adapter on a small real model and show what it bought (two minutes of work)"
 	@echo "make test   install, then lint, type-check and run all tests"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make clean  remove .venv and caches"
