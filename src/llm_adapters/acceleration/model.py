@@ -139,7 +139,7 @@ class Acceleration:
                 counts["fused LoRA"] += 1
             elif self._packed and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
                 if id(module) not in inside:
-                    self._set(module, "forward", weights.linear(module.weight, module.bias, True))
+                    self._set(module, "forward", weights.Packed(module.weight, module.bias))
             elif isinstance(module, BottleneckLayer):
                 delta = functools.partial(layers.frozen_delta, module, {}) if self.frozen else None
                 self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))
@@ -186,10 +186,7 @@ class Acceleration:
         output = self.base.get_output_embeddings()
         if type(output) is not nn.Linear or any(p.requires_grad for p in output.parameters()):
             return "the output head is trained, or is no plain linear layer"
-        if (
-            getattr(self.model, "active_peft_config", None) is not None
-            and self.model.active_peft_config.is_prompt_learning
-        ):
+        if _is_prompt_learning(self.model):
             return "the method puts tokens before the sequence"
         ids = torch.tensor([sequence], device=self.base.device)
         hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state

@@ -1,8 +1,8 @@
 """Linear layers whose weights stay as they are: laid out once for the CPU's matrix unit, and not for every product.
 
 oneDNN multiplies with weights in blocks, and for a row-major weight makes them anew in every call. For the few rows of
-a decoding step that takes up to half of the time. torch's own
-compiler uses the same operators when it freezes a model.
+a decoding step that takes up to half of the time. torch's own compiler uses the same operators when it freezes a
+model.
 """
 
 from collections.abc import Callable
