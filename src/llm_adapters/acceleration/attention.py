@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llm_adapters.acceleration import pages
-from llm_adapters.acceleration.packing import Pack
+from llm_adapters.acceleration.packing import Band, Pack
 
 NAME = "llm_adapters_packed"
 
@@ -117,15 +117,17 @@ def _prompts(
 ) -> None:
     """The prompts of a step; `key` and `value` begin with the shared prefix; `out` is (tokens, heads, width)."""
     heads, groups = len(query), len(key)
-    places = step.once(
-        ("queries", heads, groups), lambda: pack.places(heads // groups, groups, before=False) - pack.prefix * heads
-    )
-    queries = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1]).index_select(0, places)
-    queries = queries.view(len(pack.lengths) * groups, -1, query.shape[-1])
-    probabilities = _probabilities(queries, _with_prefix(key, pack), pack.bias(window, query.dtype)[1])
-    tokens = pack.end - pack.prefix
-    _back(torch.bmm(probabilities, _with_prefix(value, pack)), pack, out[:tokens])
-    out[tokens:] = 0
+    flat = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1])
+    for number, band in enumerate(pack.bands):
+        places = step.once(
+            ("queries", number, heads, groups),
+            lambda band=band: band.places(heads // groups, groups, before=False) - pack.prefix * heads,
+        )
+        queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
+        probabilities = _probabilities(queries, _with_prefix(key, band), band.bias(window, query.dtype))
+        part = out[band.start - pack.prefix : band.end - pack.prefix]
+        _back(torch.bmm(probabilities, _with_prefix(value, band)), band, part)
+    out[pack.end - pack.prefix :] = 0
 
 
 class _Packed(torch.autograd.Function):
@@ -141,26 +143,27 @@ class _Packed(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        on_prefix, on_segments = pack.bias(window, query.dtype)
         heads, tokens, _ = query.shape
         out = query.new_empty(tokens, heads, value.shape[-1])
-        keys, values = _with_prefix(key, pack), _with_prefix(value, pack)
-        probabilities = _probabilities(_segments(query, pack, len(key)).mul_(scale), keys, on_segments)
-        _back(torch.bmm(probabilities, values), pack, out[pack.prefix : pack.end])
+        kept = []
+        for band in pack.bands:
+            queries = _segments(query, band, len(key)).mul_(scale)
+            kept.append(_probabilities(queries, _with_prefix(key, band), band.bias(window, query.dtype)))
+            _back(torch.bmm(kept[-1], _with_prefix(value, band)), band, out[band.start : band.end])
         out[pack.end :] = 0
-        first = query.new_empty(0)
         if pack.prefix:
             own = slice(0, pack.prefix)
-            first = _probabilities(_grouped(query[:, own], len(key)) * scale, key[:, own], on_prefix[None])
-            out[own] = torch.bmm(first, value[:, own]).view(heads, pack.prefix, -1).transpose(0, 1)
+            bias = pack.bias(window, query.dtype)
+            kept.append(_probabilities(_grouped(query[:, own], len(key)) * scale, key[:, own], bias[None]))
+            out[own] = torch.bmm(kept[-1], value[:, own]).view(heads, pack.prefix, -1).transpose(0, 1)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, probabilities, first)
+            ctx.save_for_backward(query, key, value, *kept)
             ctx.pack, ctx.scale = pack, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        query, key, value, probabilities, first = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         pack, scale, prefix = ctx.pack, ctx.scale, ctx.pack.prefix
         groups = len(key)
         grad = gradients[0].transpose(0, 1)  # (heads, tokens, width)
@@ -168,21 +171,6 @@ class _Packed(torch.autograd.Function):
         d_query, d_key, d_value = (t.new_empty(t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
         for whole in (d_query, d_key, d_value):
             whole[pack.end :] = 0
-        d_segments = _segments(grad, pack, groups)
-        # What is padded is computed and dropped, and must have no gradient.
-        d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, pack.padding(len(query)), 0)
-        dq, dk, dv = _backward(
-            d_segments,
-            _segments(query, pack, groups).mul_(scale),
-            _with_prefix(key, pack),
-            _with_prefix(value, pack),
-            probabilities,
-        )
-        _back(dq.mul_(scale), pack, d_query[prefix : pack.end])
-        for whole, part in ((d_key, dk), (d_value, dv)):
-            _back(part, pack, whole[prefix : pack.end], before=True)
-            shared = part.view(len(pack.lengths), groups, -1, part.shape[-1])[:, :, :prefix]
-            whole[:prefix] = shared.sum(0).transpose(0, 1)
         if prefix:
             own = slice(0, prefix)
             dq, dk, dv = _backward(
@@ -190,11 +178,27 @@ class _Packed(torch.autograd.Function):
                 _grouped(query[:, own], groups) * scale,
                 key[:, own],
                 value[:, own],
-                first,
+                kept[-1],
             )
             d_query[own] = dq.mul_(scale).view(len(query), prefix, -1).transpose(0, 1)
-            d_key[own] += dk.transpose(0, 1)
-            d_value[own] += dv.transpose(0, 1)
+            d_key[own] = dk.transpose(0, 1)
+            d_value[own] = dv.transpose(0, 1)
+        for band, probabilities in zip(pack.bands, kept, strict=False):
+            d_segments = _segments(grad, band, groups)
+            # What is padded is computed and dropped, and must have no gradient.
+            d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, band.padding(len(query)), 0)
+            dq, dk, dv = _backward(
+                d_segments,
+                _segments(query, band, groups).mul_(scale),
+                _with_prefix(key, band),
+                _with_prefix(value, band),
+                probabilities,
+            )
+            _back(dq.mul_(scale), band, d_query[band.start : band.end])
+            for whole, part in ((d_key, dk), (d_value, dv)):
+                _back(part, band, whole[band.start : band.end], before=True)
+                shared = part.view(len(band.lengths), groups, -1, part.shape[-1])[:, :, :prefix]
+                whole[:prefix] += shared.sum(0).transpose(0, 1)
         return d_query.transpose(0, 1), d_key.transpose(0, 1), d_value.transpose(0, 1), None, None, None
 
 
@@ -208,22 +212,23 @@ def _with_dropout(
     p: float,
 ) -> torch.Tensor:
     """As `_Packed`, with dropout and with autograd's own backward pass, for the older families that drop here."""
-    on_prefix, on_segments = pack.bias(window, query.dtype)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         scores = torch.bmm(query, key.transpose(1, 2)) * scale
         scores = (scores.view(len(bias), -1, *bias.shape[1:]) + bias[:, None]).view_as(scores)
         return torch.bmm(nn.functional.dropout(torch.softmax(scores, -1), p), value)
 
-    queries = _segments(query, pack, len(key))
-    out = attend(queries, _with_prefix(key, pack), _with_prefix(value, pack), on_segments)
-    rows = _rows(out, pack, len(query)).view(-1, len(query), out.shape[-1])
-    parts = [rows, rows.new_zeros(pack.tokens - pack.end, *rows.shape[1:])]
+    parts = []
     if pack.prefix:
         own = slice(0, pack.prefix)
-        first = attend(_grouped(query[:, own], len(key)), key[:, own], value[:, own], on_prefix[None])
-        parts.insert(0, first.view(len(query), pack.prefix, -1).transpose(0, 1))
-    return torch.cat(parts)
+        bias = pack.bias(window, query.dtype)
+        first = attend(_grouped(query[:, own], len(key)), key[:, own], value[:, own], bias[None])
+        parts.append(first.view(len(query), pack.prefix, -1).transpose(0, 1))
+    for band in pack.bands:
+        queries, bias = _segments(query, band, len(key)), band.bias(window, query.dtype)
+        found = attend(queries, _with_prefix(key, band), _with_prefix(value, band), bias)
+        parts.append(_rows(found, band, len(query)).view(-1, len(query), found.shape[-1]))
+    return torch.cat((*parts, parts[0].new_zeros(pack.tokens - pack.end, *parts[0].shape[1:])))
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -253,30 +258,30 @@ def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
     return rows.reshape(groups, -1, rows.shape[-1])
 
 
-def _segments(rows: torch.Tensor, pack: Pack, groups: int) -> torch.Tensor:
+def _segments(rows: torch.Tensor, band: Band, groups: int) -> torch.Tensor:
     """(heads, tokens, width) -> (segments * key-value heads, heads of each * longest, width)."""
     heads, _, width = rows.shape
     flat = rows.transpose(0, 1).reshape(-1, width)  # no copy, as projections lay heads within tokens
-    taken = flat.index_select(0, pack.places(heads // groups, groups, before=False))
-    return taken.view(len(pack.lengths) * groups, -1, width)
+    taken = flat.index_select(0, band.places(heads // groups, groups, before=False))
+    return taken.view(len(band.lengths) * groups, -1, width)
 
 
-def _with_prefix(rows: torch.Tensor, pack: Pack) -> torch.Tensor:
+def _with_prefix(rows: torch.Tensor, band: Band) -> torch.Tensor:
     """(heads, tokens, width) -> (segments * heads, prefix + longest, width)."""
     heads, _, width = rows.shape
     flat = rows.transpose(0, 1).reshape(-1, width)
-    return flat.index_select(0, pack.places(1, heads, before=True)).view(len(pack.lengths) * heads, -1, width)
+    return flat.index_select(0, band.places(1, heads, before=True)).view(len(band.lengths) * heads, -1, width)
 
 
-def _rows(values: torch.Tensor, pack: Pack, heads: int, before: bool = False) -> torch.Tensor:
+def _rows(values: torch.Tensor, band: Band, heads: int, before: bool = False) -> torch.Tensor:
     """(segments, heads, [prefix and] longest, width), in any grouping, -> (segment tokens * heads, width)."""
-    return values.reshape(-1, values.shape[-1]).index_select(0, pack.back(heads, before))
+    return values.reshape(-1, values.shape[-1]).index_select(0, band.back(heads, before))
 
 
-def _back(values: torch.Tensor, pack: Pack, out: torch.Tensor, before: bool = False) -> None:
+def _back(values: torch.Tensor, band: Band, out: torch.Tensor, before: bool = False) -> None:
     """`_rows`, written to `out`, (segment tokens, heads, width)."""
     flat = values.reshape(-1, values.shape[-1])
-    torch.index_select(flat, 0, pack.back(out.shape[1], before), out=out.view(-1, out.shape[-1]))
+    torch.index_select(flat, 0, band.back(out.shape[1], before), out=out.view(-1, out.shape[-1]))
 
 
 def _attention(

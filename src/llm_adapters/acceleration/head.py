@@ -9,7 +9,7 @@ from llm_adapters.acceleration.packing import rounded
 
 # Of float32 logits at once: enough rows for the product to run at full speed, few enough to be no burden.
 CHUNK_BYTES = 48 * 2**20
-_ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`)
+_ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`), and their softmax stays in the CPU's cache
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -25,26 +25,19 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         # One pair of buffers for all chunks: fresh memory for so many logits costs more than their softmax.
         logits_buffer = hidden.new_empty(rows, len(weight))
-        exact_buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
+        exact_buffer = torch.empty(_ROWS, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            target = targets[part, None]
-            count = len(target)
-            logits, exact = logits_buffer[:count], exact_buffer[:count]
-            torch.mm(_filled(hidden[part]), weight.t(), out=logits_buffer[: rounded(count, _ROWS)])
+            count = len(targets[part])
+            logits = logits_buffer[: rounded(count, _ROWS)]
+            torch.mm(_filled(hidden[part]), weight.t(), out=logits)
             if bias is not None:
                 logits += bias
-            at_target = logits.gather(1, target).float()
-            largest = logits.amax(1, keepdim=True).float()
-            torch.softmax(exact.copy_(logits), 1, out=exact)
-            # The largest logit's probability is never below 1 / vocabulary: its logarithm is safe.
-            normaliser = largest - exact.amax(1, keepdim=True).log()
-            total += (normaliser - at_target).sum()
+            for few, target in zip(logits[:count].split(_ROWS), targets[part, None].split(_ROWS), strict=True):
+                total += _loss_to_gradient(few, target, exact_buffer[: len(few)])
             if gradient is not None:
-                exact.scatter_add_(1, target, exact.new_full((1, 1), -1.0).expand_as(target))
-                logits.copy_(exact)
-                logits_buffer[count : rounded(count, _ROWS)] = 0
-                gradient[part] = torch.mm(logits_buffer[: rounded(count, _ROWS)], weight)[:count]
+                logits[count:] = 0
+                gradient[part] = torch.mm(logits, weight)[:count]
         ctx.save_for_backward(gradient)
         return total
 
@@ -52,6 +45,18 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient * gradients[0]).to(gradient.dtype), None, None, None
+
+
+def _loss_to_gradient(logits: torch.Tensor, target: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The sum of the cross-entropies; `logits` (rows, vocabulary) become their gradient, `exact` is room for float32."""
+    at_target = logits.gather(1, target).float()
+    largest = logits.amax(1, keepdim=True).float()
+    torch.softmax(exact.copy_(logits), 1, out=exact)
+    # The largest logit's probability is never below 1 / vocabulary: its logarithm is safe.
+    normaliser = largest - exact.amax(1, keepdim=True).log()
+    exact.scatter_add_(1, target, exact.new_full((1, 1), -1.0).expand_as(target))
+    logits.copy_(exact)
+    return (normaliser - at_target).sum()
 
 
 def _filled(hidden: torch.Tensor) -> torch.Tensor:

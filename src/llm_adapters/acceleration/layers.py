@@ -29,36 +29,54 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         p: float,
     ) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
-        a, b = (a / (1.0 - p)).to(x.dtype), (b * scale).to(x.dtype)
-        zeros = dropout.dropped(flat.numel(), p, x.device) if p else None
-        seen = flat if zeros is None else dropout.blank(flat.clone(), zeros)
-        middle = functional.linear(seen, a)
-        out = functional.linear(flat, weight, bias).addmm_(middle, b.t())
+        out, kept = _lora(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale, p)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, weight, a, b, middle, zeros)
+            ctx.save_for_backward(x, weight, *kept)
             ctx.scale, ctx.p = scale, p
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        x, weight, a, b, middle, zeros = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        grad = gradients[0].reshape(-1, gradients[0].shape[-1])
-        d_middle = grad @ b
-        seen = flat if zeros is None else dropout.blank(flat.clone(), zeros)
-        d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - ctx.p)
-        d_b = (grad.t() @ middle).to(torch.float32).mul_(ctx.scale)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = grad @ weight
-            if zeros is None:
-                d_x.addmm_(d_middle, a)
-            else:
-                d_x += dropout.blank(d_middle @ a, zeros)
-            d_x = d_x.view_as(x)
-        return d_x, None, None, d_a, d_b, None, None
+        x, weight, *kept = ctx.saved_tensors
+        flat, grad = (t.reshape(-1, t.shape[-1]) for t in (x, gradients[0]))
+        d_x, d_a, d_b = _lora_gradients(grad, flat, weight, kept, ctx.scale, ctx.p, ctx.needs_input_grad[0])
+        return None if d_x is None else d_x.view_as(x), None, None, d_a, d_b, None, None
+
+
+def _lora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    p: float,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The layer's output for the rows `x`, and what `_lora_gradients` needs besides them."""
+    # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
+    a, b = (a / (1.0 - p)).to(x.dtype), (b * scale).to(x.dtype)
+    zeros = dropout.dropped(x.numel(), p, x.device) if p else None
+    middle = functional.linear(x if zeros is None else dropout.blank(x.clone(), zeros), a)
+    return functional.linear(x, weight, bias).addmm_(middle, b.t()), [a, b, middle, zeros]
+
+
+def _lora_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kept: Any, scale: float, p: float, wanted: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """The gradients of the rows `x` (if `wanted`), of A and of B."""
+    a, b, middle, zeros = kept
+    d_middle = grad @ b
+    seen = x if zeros is None else dropout.blank(x.clone(), zeros)
+    d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - p)
+    d_b = (grad.t() @ middle).to(torch.float32).mul_(scale)
+    if not wanted:
+        return None, d_a, d_b
+    d_x = grad @ weight
+    if zeros is None:
+        d_x.addmm_(d_middle, a)
+    else:
+        d_x += dropout.blank(d_middle @ a, zeros)
+    return d_x, d_a, d_b
 
 
 def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -76,12 +94,17 @@ def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | 
 
 def lora_forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """PEFT's LoRA linear layer, fused; `own` is its forward, for whatever the fused one does not do."""
+    parts = None if args or kwargs else _lora_parts(layer, x.dtype)
+    return own(x, *args, **kwargs) if parts is None else _LoraLinear.apply(x, *parts)
+
+
+def _lora_parts(layer: Any, kind: torch.dtype) -> tuple[Any, ...] | None:
+    """What `_LoraLinear` takes besides hidden states of the precision `kind`; None where it does not fit."""
     weight, name = lora_weight(layer), _only_lora(layer)
-    if weight is None or name is None or args or kwargs or x.dtype != weight[0].dtype:
-        return own(x, *args, **kwargs)
+    if weight is None or name is None or kind != weight[0].dtype:
+        return None
     p = layer.lora_dropout[name].p if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout) else 0.0
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _LoraLinear.apply(x, *weight, a, b, float(layer.scaling[name]), p)
+    return *weight, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]), p
 
 
 def _only_lora(layer: Any) -> str | None:
@@ -245,6 +268,40 @@ class _SiluGate(torch.autograd.Function):
         return d_gate, d_up
 
 
+class _SiluGateLora(torch.autograd.Function):
+    """`_LoraLinear` of ``silu(gate) * up``, which is computed again in the backward pass and not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        p: float,
+    ) -> torch.Tensor:
+        x = functional.silu(gate).mul_(up).reshape(-1, gate.shape[-1])
+        out, kept = _lora(x, weight, bias, a, b, scale, p)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(gate, up, weight, *kept)
+            ctx.scale, ctx.p = scale, p
+        return out.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        gate, up, weight, *kept = ctx.saved_tensors
+        grad, flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gradients[0], gate, up))
+        active = functional.silu(flat_gate)
+        d_x, d_a, d_b = _lora_gradients(grad, active * flat_up, weight, kept, ctx.scale, ctx.p, True)
+        d_gate = None
+        if ctx.needs_input_grad[0]:
+            d_gate = torch.ops.aten.silu_backward(flat_up * d_x, flat_gate).view_as(gate)
+        return d_gate, active.mul_(d_x).view_as(up), None, None, d_a, d_b, None, None
+
+
 def is_silu_mlp(module: nn.Module) -> bool:
     """Whether `module` is ``down(silu(gate(x)) * up(x))``, found by its children and by trying."""
     children = dict(module.named_children())
@@ -267,8 +324,12 @@ def is_silu_mlp(module: nn.Module) -> bool:
 
 
 def silu_mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """A gated MLP with the gate's product in one function."""
-    return module.down_proj(_SiluGate.apply(module.gate_proj(x), module.up_proj(x)))
+    """A gated MLP with the gate's product in one function, and with a fused LoRA after it in the same."""
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    down = module.down_proj
+    fused = getattr(vars(down).get("forward"), "func", None) is lora_forward and not down._forward_hooks
+    parts = _lora_parts(down, gate.dtype) if fused else None
+    return down(_SiluGate.apply(gate, up)) if parts is None else _SiluGateLora.apply(gate, up, *parts)
 
 
 def frozen_silu_mlp(module: Any) -> Any:

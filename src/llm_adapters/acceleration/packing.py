@@ -13,6 +13,7 @@ import torch
 # Sizes come in steps. A CPU's matrix products are compiled and kept for every new shape: many shapes cost time, and
 # memory that looks like a leak.
 _TOKENS, _LONGEST = 32, 16
+_ALIKE = 0.7  # of the longest in a band, the least that a segment may have
 
 
 def rounded(count: int, step: int) -> int:
@@ -71,15 +72,65 @@ class Pack:
         return starts
 
     @property
-    def longest(self) -> int:
-        """To so many tokens attention pads every segment."""
-        return rounded(max(self.lengths), _LONGEST)
+    def bands(self) -> tuple["Band", ...]:
+        """The segments in runs of neighbours of about the same length, for attention."""
+
+        def make() -> tuple[Band, ...]:
+            bands: list[Band] = []
+            start = self.prefix
+            run: list[int] = []
+            for length in (*self.lengths, None):
+                if run and (length is None or not _alike(min(run + [length]), max(run + [length]))):
+                    bands.append(Band(self.prefix, start, tuple(run), self.input_ids.device))
+                    start, run = bands[-1].end, []
+                if length is not None:
+                    run.append(length)
+            return tuple(bands)
+
+        return self._once("bands", make)
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of the shared prefix, (prefix, prefix): see `Band.bias`."""
+
+        def make() -> torch.Tensor:
+            positions = torch.arange(self.prefix, device=self.input_ids.device)
+            return additive(causal(positions, positions, window), dtype)
+
+        return self._once(("bias", window, dtype), make)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Every layer asks for the same: make it for the first."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+
+@dataclass
+class Band:
+    """Segments of a pack that stand next to each other and that attention pads to one length.
+
+    Attributes:
+        prefix: tokens of the pack's shared prefix.
+        start: where in the row the first segment begins.
+        lengths: tokens of each segment.
+        device: of the pack.
+    """
+
+    prefix: int
+    start: int
+    lengths: tuple[int, ...]
+    device: torch.device
+    _kept: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Where in the row the last segment ends."""
+        return self.start + sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """To so many tokens attention pads every segment."""
+        return rounded(max(self.lengths), _LONGEST)
 
     def places(self, heads: int, groups: int, before: bool) -> torch.Tensor:
         """Where in the rows (tokens * heads) each padded place is, in the order (segments, groups, heads of each, ...).
@@ -90,18 +141,18 @@ class Pack:
             before: whether each segment begins with the shared prefix.
 
         Returns:
-            (segments * groups * heads * (prefix if before, and longest),), int64; padding points at the first token.
+            (segments * groups * heads * (prefix if before, and longest),), int64; padding points at a real token.
         """
 
         def make() -> torch.Tensor:
-            device = self.input_ids.device
-            starts = torch.tensor(self.starts, device=device)[:, None]
-            own = torch.arange(self.longest, device=device)
-            own = starts + torch.where(own < torch.tensor(self.lengths, device=device)[:, None], own, 0)
+            lengths = self._lengths()[:, None]
+            starts = self.start + lengths.cumsum(0) - lengths
+            own = torch.arange(self.longest, device=self.device)
+            own = starts + torch.where(own < lengths, own, 0)
             if before:
-                first = torch.arange(self.prefix, device=device).expand(len(self.lengths), -1)
+                first = torch.arange(self.prefix, device=self.device).expand(len(self.lengths), -1)
                 own = torch.cat((first, own), 1)
-            head = torch.arange(groups * heads, device=device)[:, None]
+            head = torch.arange(groups * heads, device=self.device)[:, None]
             return (own[:, None] * (groups * heads) + head).flatten()
 
         return self._once(("places", heads, groups, before), make)
@@ -110,8 +161,7 @@ class Pack:
         """Which of `places` (without the prefix) are padding."""
 
         def make() -> torch.Tensor:
-            device = self.input_ids.device
-            padded = torch.arange(self.longest, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
+            padded = torch.arange(self.longest, device=self.device) >= self._lengths()[:, None]
             return padded[:, None].expand(-1, heads, -1).flatten().nonzero().flatten()
 
         return self._once(("padding", heads), make)
@@ -120,19 +170,18 @@ class Pack:
         """The way back: for every row (segment tokens * heads), its index in the order of `places`."""
 
         def make() -> torch.Tensor:
-            device = self.input_ids.device
-            columns = self.longest + (self.prefix if before else 0)
             skip = self.prefix if before else 0
+            columns = self.longest + skip
             parts = [
-                (torch.arange(length, device=device)[:, None] + skip)
-                + (index * heads + torch.arange(heads, device=device)) * columns
+                (torch.arange(length, device=self.device)[:, None] + skip)
+                + (index * heads + torch.arange(heads, device=self.device)) * columns
                 for index, length in enumerate(self.lengths)
             ]
             return torch.cat(parts).flatten()
 
         return self._once(("back", heads, before), make)
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores: 0 where a token may look, else a very negative number.
 
         Args:
@@ -140,21 +189,31 @@ class Pack:
             dtype: of the scores.
 
         Returns:
-            For the prefix, (prefix, prefix); for the segments, (segments, longest, prefix + longest), where the
-            columns are the prefix and then the segment's own tokens.
+            (segments, longest, prefix + longest), where the columns are the prefix and then the segment's own tokens.
         """
 
-        def make() -> tuple[torch.Tensor, torch.Tensor]:
-            device = self.input_ids.device
-            positions = torch.arange(self.prefix + self.longest, device=device)
-            visible = causal(positions, positions, window)
-            real = torch.arange(self.longest, device=device) < torch.tensor(self.lengths, device=device)[:, None]
-            seen = visible[self.prefix :].expand(len(self.lengths), -1, -1).clone()
+        def make() -> torch.Tensor:
+            positions = torch.arange(self.prefix + self.longest, device=self.device)
+            real = torch.arange(self.longest, device=self.device) < self._lengths()[:, None]
+            seen = causal(positions[self.prefix :], positions, window).expand(len(self.lengths), -1, -1).clone()
             seen[:, :, self.prefix :] &= real[:, None, :]
             seen[:, :, self.prefix] |= ~real  # a padded place sees something, so that its softmax is a number
-            return additive(visible[: self.prefix, : self.prefix], dtype), additive(seen, dtype)
+            return additive(seen, dtype)
 
         return self._once(("bias", window, dtype), make)
+
+    def _lengths(self) -> torch.Tensor:
+        return torch.tensor(self.lengths, device=self.device)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+def _alike(shortest: int, longest: int) -> bool:
+    """Whether padding segments of these lengths to one costs less than computing them apart."""
+    return longest <= 2 * _LONGEST or shortest >= _ALIKE * longest
 
 
 def causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
