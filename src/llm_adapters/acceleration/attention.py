@@ -5,6 +5,7 @@ front of each. On a CPU that is several times faster than its fused attention at
 backward pass is written out so that nothing but the probabilities is kept.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -119,15 +120,17 @@ def _prompts(
     heads, groups = len(query), len(key)
     flat = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1])
     for number, band in enumerate(pack.bands):
-        places = step.once(
-            ("queries", number, heads, groups),
-            lambda band=band: band.places(heads // groups, groups, before=False) - pack.prefix * heads,
-        )
+        places = step.once(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
         queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
         probabilities = _probabilities(queries, _with_prefix(key, band), band.bias(window, query.dtype))
         part = out[band.start - pack.prefix : band.end - pack.prefix]
         _back(torch.bmm(probabilities, _with_prefix(value, band)), band, part)
     out[pack.end - pack.prefix :] = 0
+
+
+def _own_places(band: Band, heads: int, groups: int) -> torch.Tensor:
+    """Where the queries of `band` are in a row that begins after the shared prefix."""
+    return band.places(heads // groups, groups, before=False) - band.prefix * heads
 
 
 class _Packed(torch.autograd.Function):

@@ -80,7 +80,7 @@ class Pack:
             start = self.prefix
             run: list[int] = []
             for length in (*self.lengths, None):
-                if run and (length is None or not _alike(min(run + [length]), max(run + [length]))):
+                if run and (length is None or not _alike([*run, length])):
                     bands.append(Band(self.prefix, start, tuple(run), self.input_ids.device))
                     start, run = bands[-1].end, []
                 if length is not None:
@@ -211,9 +211,9 @@ class Band:
         return self._kept[key]
 
 
-def _alike(shortest: int, longest: int) -> bool:
+def _alike(lengths: Sequence[int]) -> bool:
     """Whether padding segments of these lengths to one costs less than computing them apart."""
-    return longest <= 2 * _LONGEST or shortest >= _ALIKE * longest
+    return max(lengths) <= 2 * _LONGEST or min(lengths) >= _ALIKE * max(lengths)
 
 
 def causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
