@@ -48,7 +48,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _loss_to_gradient(logits: torch.Tensor, target: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross-entropies; `logits` (rows, vocabulary) become their gradient, `exact` is room for float32."""
+    """The sum of the cross-entropies; `logits` (rows, vocabulary) become their gradient; `exact`: room for float32."""
     at_target = logits.gather(1, target).float()
     largest = logits.amax(1, keepdim=True).float()
     torch.softmax(exact.copy_(logits), 1, out=exact)
