@@ -33,9 +33,15 @@ def without_dropout(family: str, **overrides: Any) -> Any:
     return base
 
 
-def adapted(family: str, method: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A tiny model with a perturbed adapter."""
-    base = without_dropout(family).to(dtype)
+def adapted(
+    family: str,
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    overrides: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A tiny model, its config with `overrides`, with a perturbed adapter."""
+    base = without_dropout(family, **(overrides or {})).to(dtype)
     torch.manual_seed(0)
     model = get_peft_model(base, methods.adapter_config(method, base, **(OPTIONS.get(method, {}) | options)))
     generator = torch.Generator().manual_seed(3)
@@ -58,6 +64,14 @@ def examples(count: int = 5, shared: int = 6, seed: int = 0) -> list[Encoded]:
         answer = tokens(1 + (7 * index) % 10)
         made.append(Encoded(prompt + answer, [IGNORED] * len(prompt) + answer, len(prompt)))
     return made
+
+
+def long_and_short(shared: int) -> list[Encoded]:
+    """Examples that are too different in length for attention to pad them all to one."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randint(3, VOCAB, (shared,), generator=generator).tolist()
+    rows = [start + torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (45, 4, 50, 33, 9, 38)]
+    return [Encoded(row, [IGNORED] * (shared + 2) + row[shared + 2 :], shared + 2) for row in rows]
 
 
 def plain_loss(model: Any, chosen: list[Encoded]) -> torch.Tensor:

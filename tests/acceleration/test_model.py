@@ -5,7 +5,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from acceleration_helpers import NAMED, OPTIONS, adapted, assert_same, examples, gradients, plain_loss
+from acceleration_helpers import (
+    NAMED,
+    OPTIONS,
+    adapted,
+    assert_same,
+    examples,
+    gradients,
+    long_and_short,
+    plain_loss,
+    without_dropout,
+)
 from tiny import FAMILIES
 from torch import nn
 
@@ -78,6 +88,41 @@ def test_packed_is_padded_and_a_shared_prefix_is_one_of_each(family: str) -> Non
             assert micro.pack.end == micro.tokens - 5 * micro.pack.prefix
 
 
+@pytest.mark.parametrize("shared", [0, 7])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
+def test_long_and_short_segments_of_one_pack(family: str, shared: int) -> None:
+    """Attention computes them in several bands, and the gradients of the shared prefix come from all of these."""
+    options = {"sliding_window": 12} if family == "mistral" else {}
+    model = adapted(family, "lora", overrides=options).train()
+    chosen = long_and_short(shared)
+    plain = plain_loss(model, chosen)
+    expected = gradients(model, plain)
+    attentions = [m for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)]
+    with Acceleration(model) as fast:
+        (micro,) = Collator(0).cut(chosen)
+        assert micro.pack is not None
+        assert micro.pack.prefix == shared
+        assert len(micro.pack.bands) > 1
+        for dropout in (0.0, 1e-12):  # with any of it, attention has another backward pass
+            for attention in attentions:
+                attention.attention_dropout = dropout
+            loss = fast_loss(fast, chosen)
+            torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+            assert_same(gradients(model, loss), expected)
+
+
+def test_a_hook_on_the_last_layer_of_a_gated_mlp_is_called() -> None:
+    model = adapted("llama", "lora").train()
+    seen: list[int] = []
+    with Acceleration(model) as fast:
+        mlp = next(m for name, m in model.named_modules() if name.endswith(".mlp"))
+        assert mlp.down_proj.lora_A  # or the fused way would not be taken without the hook either
+        handle = mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs)))
+        fast_loss(fast, examples())
+        handle.remove()
+    assert seen == [1]
+
+
 def test_no_token_sees_another_segment() -> None:
     """Changing one example of a pack leaves the hidden states of the others bit for bit as they were."""
     model = adapted("llama", "lora").eval()
@@ -98,8 +143,6 @@ def test_no_token_sees_another_segment() -> None:
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral"])
 def test_sliding_windows_are_kept(family: str) -> None:
-    from acceleration_helpers import without_dropout
-
     model = without_dropout(family, sliding_window=5)
     chosen = examples(5)
     with Acceleration(model) as fast:

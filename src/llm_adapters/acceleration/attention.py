@@ -186,7 +186,7 @@ class _Packed(torch.autograd.Function):
             d_query[own] = dq.mul_(scale).view(len(query), prefix, -1).transpose(0, 1)
             d_key[own] = dk.transpose(0, 1)
             d_value[own] = dv.transpose(0, 1)
-        for band, probabilities in zip(pack.bands, kept, strict=False):
+        for band, probabilities in zip(pack.bands, kept, strict=False):  # the prefix's stand last
             d_segments = _segments(grad, band, groups)
             # What is padded is computed and dropped, and must have no gradient.
             d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, band.padding(len(query)), 0)

@@ -7,9 +7,9 @@ from torch import nn
 
 from llm_adapters.acceleration.packing import rounded
 
-# Of float32 logits at once: enough rows for the product to run at full speed, few enough to be no burden.
+# Of logits at once, counted as float32: enough rows for the product to run at full speed, few enough to be no burden.
 CHUNK_BYTES = 48 * 2**20
-_ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`), and their softmax stays in the CPU's cache
+_ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`), and so many are float32 at a time
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _HeadLoss(torch.autograd.Function):
         rows = rounded(max(1, min(len(hidden), CHUNK_BYTES // (4 * len(weight)))), _ROWS)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        # One pair of buffers for all chunks: fresh memory for so many logits costs more than their softmax.
+        # The same buffers for all chunks: fresh memory for so many logits costs more than their softmax.
         logits_buffer = hidden.new_empty(rows, len(weight))
         exact_buffer = torch.empty(_ROWS, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):

@@ -19,27 +19,20 @@ class _LoraLinear(torch.autograd.Function):
     """``x W^T + b + s * (dropout(x) A^T) B^T`` with W frozen (Hu et al. 2022, eq. 3)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
-        p: float,
-    ) -> torch.Tensor:
-        out, kept = _lora(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale, p)
+    def forward(ctx: Any, x: torch.Tensor, *parts: Any) -> torch.Tensor:
+        """`parts`: as `_lora` takes them."""
+        out, kept = _lora(x.reshape(-1, x.shape[-1]), *parts)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, weight, *kept)
-            ctx.scale, ctx.p = scale, p
+            ctx.save_for_backward(x, *kept)
+            ctx.constants = parts[-2:]
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        x, weight, *kept = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
         flat, grad = (t.reshape(-1, t.shape[-1]) for t in (x, gradients[0]))
-        d_x, d_a, d_b = _lora_gradients(grad, flat, weight, kept, ctx.scale, ctx.p, ctx.needs_input_grad[0])
+        scale, p = ctx.constants
+        d_x, d_a, d_b = _lora_gradients(grad, flat, kept, scale, p, ctx.needs_input_grad[0])
         return None if d_x is None else d_x.view_as(x), None, None, d_a, d_b, None, None
 
 
@@ -52,19 +45,19 @@ def _lora(
     scale: float,
     p: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The layer's output for the rows `x`, and what `_lora_gradients` needs besides them."""
+    """The layer's output for the rows `x`, and the tensors that `_lora_gradients` needs besides them."""
     # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
     a, b = (a / (1.0 - p)).to(x.dtype), (b * scale).to(x.dtype)
     zeros = dropout.dropped(x.numel(), p, x.device) if p else None
     middle = functional.linear(x if zeros is None else dropout.blank(x.clone(), zeros), a)
-    return functional.linear(x, weight, bias).addmm_(middle, b.t()), [a, b, middle, zeros]
+    return functional.linear(x, weight, bias).addmm_(middle, b.t()), [weight, a, b, middle, zeros]
 
 
 def _lora_gradients(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kept: Any, scale: float, p: float, wanted: bool
+    grad: torch.Tensor, x: torch.Tensor, kept: Any, scale: float, p: float, wanted: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of the rows `x` (if `wanted`), of A and of B."""
-    a, b, middle, zeros = kept
+    """The gradients of the rows `x` (if `wanted`), of A and of B; `kept` as `_lora` gives it."""
+    weight, a, b, middle, zeros = kept
     d_middle = grad @ b
     seen = x if zeros is None else dropout.blank(x.clone(), zeros)
     d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - p)
@@ -272,30 +265,21 @@ class _SiluGateLora(torch.autograd.Function):
     """`_LoraLinear` of ``silu(gate) * up``, which is computed again in the backward pass and not kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
-        p: float,
-    ) -> torch.Tensor:
-        x = functional.silu(gate).mul_(up).reshape(-1, gate.shape[-1])
-        out, kept = _lora(x, weight, bias, a, b, scale, p)
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, *parts: Any) -> torch.Tensor:
+        """`parts`: as `_lora` takes them."""
+        out, kept = _lora(functional.silu(gate).mul_(up).reshape(-1, gate.shape[-1]), *parts)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(gate, up, weight, *kept)
-            ctx.scale, ctx.p = scale, p
+            ctx.save_for_backward(gate, up, *kept)
+            ctx.constants = parts[-2:]
         return out.view(*gate.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        gate, up, weight, *kept = ctx.saved_tensors
+        gate, up, *kept = ctx.saved_tensors
         grad, flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gradients[0], gate, up))
         active = functional.silu(flat_gate)
-        d_x, d_a, d_b = _lora_gradients(grad, active * flat_up, weight, kept, ctx.scale, ctx.p, True)
+        scale, p = ctx.constants
+        d_x, d_a, d_b = _lora_gradients(grad, active * flat_up, kept, scale, p, True)
         d_gate = None
         if ctx.needs_input_grad[0]:
             d_gate = torch.ops.aten.silu_backward(flat_up * d_x, flat_gate).view_as(gate)
@@ -327,7 +311,8 @@ def silu_mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     """A gated MLP with the gate's product in one function, and with a fused LoRA after it in the same."""
     gate, up = module.gate_proj(x), module.up_proj(x)
     down = module.down_proj
-    fused = getattr(vars(down).get("forward"), "func", None) is lora_forward and not down._forward_hooks
+    fused = getattr(vars(down).get("forward"), "func", None) is lora_forward
+    fused = fused and not (down._forward_hooks or down._forward_pre_hooks)
     parts = _lora_parts(down, gate.dtype) if fused else None
     return down(_SiluGate.apply(gate, up)) if parts is None else _SiluGateLora.apply(gate, up, *parts)
 

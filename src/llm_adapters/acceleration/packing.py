@@ -5,7 +5,7 @@ the prefix, so that every token gets exactly what it would get in a sequence of 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 # Sizes come in steps. A CPU's matrix products are compiled and kept for every new shape: many shapes cost time, and
 # memory that looks like a leak.
 _TOKENS, _LONGEST = 32, 16
-_ALIKE = 0.7  # of the longest in a band, the least that a segment may have
+_ALIKE = 0.7  # of the longest in a band, the least that a segment may have: a round number, not a measured one
 
 
 def rounded(count: int, step: int) -> int:
@@ -21,8 +21,19 @@ def rounded(count: int, step: int) -> int:
     return -(-count // step) * step if count > step else 1 << max(0, count - 1).bit_length()
 
 
+class Once:
+    """Makes once what every layer asks for."""
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned when `key` was first asked for."""
+        kept = vars(self).setdefault("_kept", {})
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+
 @dataclass
-class Pack:
+class Pack(Once):
     """One row of tokens: the shared prefix, then the segments, then fillers that see nothing and that nobody sees.
 
     Attributes:
@@ -36,7 +47,6 @@ class Pack:
     position_ids: torch.Tensor
     prefix: int
     lengths: tuple[int, ...]
-    _kept: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -76,18 +86,19 @@ class Pack:
         """The segments in runs of neighbours of about the same length, for attention."""
 
         def make() -> tuple[Band, ...]:
+            runs: list[list[int]] = []
+            for length in self.lengths:
+                if runs and _alike([*runs[-1], length]):
+                    runs[-1].append(length)
+                else:
+                    runs.append([length])
             bands: list[Band] = []
-            start = self.prefix
-            run: list[int] = []
-            for length in (*self.lengths, None):
-                if run and (length is None or not _alike([*run, length])):
-                    bands.append(Band(self.prefix, start, tuple(run), self.input_ids.device))
-                    start, run = bands[-1].end, []
-                if length is not None:
-                    run.append(length)
+            for run in runs:
+                start = bands[-1].end if bands else self.prefix
+                bands.append(Band(self.prefix, start, tuple(run), self.input_ids.device))
             return tuple(bands)
 
-        return self._once("bands", make)
+        return self.once("bands", make)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores of the shared prefix, (prefix, prefix): see `Band.bias`."""
@@ -96,17 +107,11 @@ class Pack:
             positions = torch.arange(self.prefix, device=self.input_ids.device)
             return additive(causal(positions, positions, window), dtype)
 
-        return self._once(("bias", window, dtype), make)
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Every layer asks for the same: make it for the first."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        return self.once(("bias", window, dtype), make)
 
 
 @dataclass
-class Band:
+class Band(Once):
     """Segments of a pack that stand next to each other and that attention pads to one length.
 
     Attributes:
@@ -120,7 +125,6 @@ class Band:
     start: int
     lengths: tuple[int, ...]
     device: torch.device
-    _kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -155,7 +159,7 @@ class Band:
             head = torch.arange(groups * heads, device=self.device)[:, None]
             return (own[:, None] * (groups * heads) + head).flatten()
 
-        return self._once(("places", heads, groups, before), make)
+        return self.once(("places", heads, groups, before), make)
 
     def padding(self, heads: int) -> torch.Tensor:
         """Which of `places` (without the prefix) are padding."""
@@ -164,7 +168,7 @@ class Band:
             padded = torch.arange(self.longest, device=self.device) >= self._lengths()[:, None]
             return padded[:, None].expand(-1, heads, -1).flatten().nonzero().flatten()
 
-        return self._once(("padding", heads), make)
+        return self.once(("padding", heads), make)
 
     def back(self, heads: int, before: bool) -> torch.Tensor:
         """The way back: for every row (segment tokens * heads), its index in the order of `places`."""
@@ -179,7 +183,7 @@ class Band:
             ]
             return torch.cat(parts).flatten()
 
-        return self._once(("back", heads, before), make)
+        return self.once(("back", heads, before), make)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores: 0 where a token may look, else a very negative number.
@@ -200,19 +204,14 @@ class Band:
             seen[:, :, self.prefix] |= ~real  # a padded place sees something, so that its softmax is a number
             return additive(seen, dtype)
 
-        return self._once(("bias", window, dtype), make)
+        return self.once(("bias", window, dtype), make)
 
     def _lengths(self) -> torch.Tensor:
         return torch.tensor(self.lengths, device=self.device)
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
 
 def _alike(lengths: Sequence[int]) -> bool:
-    """Whether padding segments of these lengths to one costs less than computing them apart."""
+    """Whether segments of these lengths are padded to one, or else computed apart."""
     return max(lengths) <= 2 * _LONGEST or min(lengths) >= _ALIKE * max(lengths)
 
 

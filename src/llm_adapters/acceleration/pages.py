@@ -10,13 +10,12 @@ lengths. The prefix that all prompts share is kept once, and is one product for 
 """
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from llm_adapters.acceleration.packing import Pack, additive, rounded
+from llm_adapters.acceleration.packing import Once, Pack, additive, rounded
 
 PAGE = 64
 _STEP = 32  # pages are multiplied in such numbers (see `packing.rounded`)
@@ -131,7 +130,7 @@ class PagedCache:
 
 
 @dataclass
-class Step:
+class Step(Once):
     """What one forward computes: the row holds a token of each of the first slots, and then new prompts.
 
     Attributes:
@@ -148,13 +147,6 @@ class Step:
     alive: torch.Tensor
     pack: Pack | None = None
     slots: Sequence[int] | None = None
-    _kept: dict[Any, Any] = field(default_factory=dict)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Every layer asks for the same: make it for the first."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and column of every token in the row, (tokens,) int64 each."""
