@@ -40,16 +40,12 @@ WARM_UP = 2  # steps that are not timed
 HELD_OUT = 32
 LEARNING_RATE = 3e-4
 
-# Provisional: every sweep so far ran while others used the machine. Rerun --sweep on a quiet one before publishing.
-# Tokens per second of CPU time with LoRA; in brackets, the share of the machine that others took.
-#   2 threads, 64 examples, Trainer: random 4: 122 (17 %); by length 4: 125 (20 %); by length 8: 128 (22 %), and 62 in a
-#     later run of 48 examples (43 %); by length 16: 67 (45 %); padding-free 4: 33 (63 %); padding-free 8: 115 (62 %).
-#   1 thread, 48 examples (one timed step; by length, that of the shortest), Trainer: by length 4: 162 (73 %); by length
-#     8: 136 (74 %) and 133 (51 %); by length 16: 136 (83 %); padding-free 8: 115 (90 %). SFT by length 8: 116 (57 %).
-# So 4 or 8 at once is open, and so is padding-free. SFT's own padding-free and packing have not run to the end yet.
+# The fastest of --sweep (LoRA, 64 examples, one run each on a quiet machine; tokens per second):
+#   Trainer: padding-free 4: 258, by length 4: 248, by length 16: 225, random 4: 220, by length 8: 219, padding-free 8: 180.
+#   SFT: by length 4: 207, padding-free 4: 175, by length 8: 174, padding-free 8: 163, by length 16: 125, packing 1024: 188, 512: 180.
 # Padding-free gave padding's held-out loss, with transformers' sdpa; TRL supports it with flash attention only.
 # Read in TRL's code, not profiled: without Triton its fused output head computes every position, not the labels alone.
-P2: dict[str, Any] = {"trainer": "trainer", "layout": "padded", "sampling": "group_by_length", "micro_batch": 8}
+P2: dict[str, Any] = {"trainer": "trainer", "layout": "padding_free", "sampling": "random", "micro_batch": 4}
 
 
 # --- the data: rendered and encoded once, the same ids for all

@@ -86,12 +86,14 @@ def slot_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = query[0], key[0], value[0]
     heads, tokens, _ = query.shape
-    count = len(step.at)
     out = query.new_empty(tokens, heads, value.shape[-1])
     before = step.cache.prefix_of(layer)
     pages.store(layer, key, value, step)
-    if count:
-        out[:count] = pages.decode(layer, query[:, :count], step, scale, sliding_window)
+    count = 0
+    for decoded in step.decoded:
+        rows = slice(count, count + decoded.at.numel())
+        out[rows] = pages.decode(layer, query[:, rows], step.cache, decoded, scale, sliding_window)
+        count = rows.stop
     if step.pack is not None:
         q, k, v = (part[:, count:] for part in (query, key, value))
         if before is not None:

@@ -211,7 +211,8 @@ class Acceleration:
 
     def logits(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
         """The logits that follow a generation's `tokens`, (decoded,), and the prompts of its `step`, one row each."""
-        ids, positions, chosen = tokens, step.at, torch.arange(len(tokens), device=tokens.device)
+        ids, chosen = tokens, torch.arange(len(tokens), device=tokens.device)
+        positions = torch.cat([tokens[:0], *(decoded.at.flatten() for decoded in step.decoded)])
         if (pack := step.pack) is not None:
             ids = torch.cat((ids, pack.input_ids[0, pack.prefix :]))
             positions = torch.cat((positions, pack.position_ids[0, pack.prefix :]))

@@ -1,7 +1,7 @@
 """Generation's key-value cache, in pages, and the attention of tokens over it.
 
-One forward takes one token of each answer that is being generated, and whole prompts of those that begin. All lie in
-one row, as in a pack, so that every layer's matrix products are as large as they can be; only attention tells them
+One forward takes the next tokens of each answer that is being generated, and whole prompts of those that begin. All lie
+in one row, as in a pack, so that every layer's matrix products are as large as they can be; only attention tells them
 apart. Keys and values go into the cache here, and the model needs no cache of its own.
 
 A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
@@ -71,14 +71,6 @@ class PagedCache:
         self.table[slot] = _NOWHERE
         self._held[slot] = []
 
-    def hand_over(self, source: int, target: int) -> None:
-        """Give the pages of the slot `source` to the slot `target`, which has none."""
-        self._held[target], self._held[source] = self._held[source], []
-        for page in self._held[target]:
-            self.owner[page] = target
-        self.table[target] = self.table[source]
-        self.table[source] = _NOWHERE
-
     def copy(self, source: torch.Tensor, target: torch.Tensor, first: int = 0) -> None:
         """Copy what the slots `source` hold from page `first` on to the slots `target`, which have as many pages."""
         pages = self.table[source, first:].flatten(), self.table[target, first:].flatten()
@@ -130,21 +122,80 @@ class PagedCache:
 
 
 @dataclass
+class Decoded(Once):
+    """Tokens that go on from what some slots hold, as many neighbours of each.
+
+    Attributes:
+        slots: (count,), int64, no slot twice; -1 for a row that only makes the number a round one.
+        at: (count, width), int64: the position of each token.
+        alive: (count, width), bool: which are of a sequence; what the others compute is dropped.
+    """
+
+    slots: torch.Tensor
+    at: torch.Tensor
+    alive: torch.Tensor
+
+    def places(self, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page and column of every token, (count * width,) int64 each."""
+        own = torch.where(self.alive, self.at - cache.prefix, 0)
+        pages = cache.table[self.slots[:, None], own // PAGE].masked_fill(~self.alive, _NOWHERE)
+        return pages.flatten(), (own % PAGE).flatten()
+
+    def seen(self, cache: PagedCache) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int]:
+        """Which pages are looked at, for each of them whose it is and which of its pages, and the most pages of one.
+
+        The pages are None for all below the cache's top, where most of them are of these slots. Those that nobody here
+        sees belong to the row after the last.
+        """
+
+        def make() -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int]:
+            count = len(self.slots)
+            row_of = self.slots.new_full((len(cache.table) + 1,), count)
+            row_of[self.slots] = torch.arange(count, device=self.slots.device)
+            row_of[-1] = count  # of the rows that are no slot's, and of the pages that nobody owns
+            owner, rank, chosen = row_of[cache.owner[: cache.top]], cache.rank[: cache.top], None
+            mine = (owner < count).nonzero().flatten()
+            if 2 * len(mine) < cache.top:
+                more = mine.new_full((rounded(len(mine), _STEP) - len(mine),), _NOWHERE)
+                chosen = torch.cat((mine, more))
+                owner, rank = owner[chosen], rank[chosen]
+            rank = torch.where(owner < count, rank, 0)
+            return chosen, owner, rank, int(rank.max()) + 1
+
+        return self.once("seen", make)
+
+    def bias(self, cache: PagedCache, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores of the tokens, and of nobody's: (count + 1, 1, width, columns), 0 where a token
+        may look. The columns are those of its pages in their order, and of the shared prefix.
+        """
+
+        def make() -> torch.Tensor:
+            prefix, own = cache.prefix, self.seen(cache)[3] * PAGE
+            columns = torch.arange(own + prefix, device=self.at.device)
+            distance = self.at[..., None] - torch.where(columns < own, prefix + columns, columns - own)
+            visible = distance >= 0
+            if window is not None:
+                visible &= distance < window
+            visible[..., 0] |= ~self.alive  # one that is dropped sees something, so that its softmax is a number
+            return additive(torch.cat((visible, visible.new_ones(1, *visible.shape[1:]))), dtype)[:, None]
+
+        return self.once(("bias", window, dtype), make)
+
+
+@dataclass
 class Step(Once):
-    """What one forward computes: the row holds a token of each of the first slots, and then new prompts.
+    """What one forward computes, in one row: tokens that go on, and then new prompts.
 
     Attributes:
         cache: what it reads and fills.
-        at: (decoded,), int64: the position of the token of each of the first slots.
-        alive: (decoded,), bool: which of them are of a sequence; what the others compute is dropped.
+        decoded: the tokens that go on, in the order of the row.
         pack: the new prompts, without the shared prefix; None for none.
         slots: their slots. None where the only prompt is the shared prefix itself, or what of it comes after a learned
             one.
     """
 
     cache: PagedCache
-    at: torch.Tensor
-    alive: torch.Tensor
+    decoded: Sequence[Decoded] = ()
     pack: Pack | None = None
     slots: Sequence[int] | None = None
 
@@ -152,52 +203,19 @@ class Step(Once):
         """Page and column of every token in the row, (tokens,) int64 each."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
-            cache, device = self.cache, self.at.device
-            own = torch.where(self.alive, self.at - cache.prefix, 0)
-            slots = torch.where(self.alive, torch.arange(len(own), device=device), 0)
-            dead = [~self.alive]
+            cache = self.cache
+            found = [decoded.places(cache) for decoded in self.decoded]
             if self.pack is not None and self.slots is not None:
+                device = self.pack.input_ids.device
                 lengths = torch.tensor(self.pack.lengths, device=device)
-                slots = torch.cat((slots, torch.tensor(self.slots, device=device).repeat_interleave(lengths)))
-                own = torch.cat((own, self.pack.position_ids[0, self.pack.prefix : self.pack.end] - cache.prefix))
-                fillers = own.new_zeros(self.pack.tokens - self.pack.end)
-                slots, own = torch.cat((slots, fillers)), torch.cat((own, fillers))
-                dead += [self.alive.new_zeros(int(lengths.sum())), self.alive.new_ones(len(fillers))]
-            return cache.table[slots, own // PAGE].masked_fill(torch.cat(dead), _NOWHERE), own % PAGE
+                slots = torch.tensor(self.slots, device=device).repeat_interleave(lengths)
+                own = self.pack.position_ids[0, self.pack.prefix : self.pack.end] - cache.prefix
+                fillers = own.new_full((self.pack.tokens - self.pack.end,), _NOWHERE)
+                found += [(cache.table[slots, own // PAGE], own % PAGE), (fillers, torch.zeros_like(fillers))]
+            pages, columns = zip(*found, strict=True)
+            return torch.cat(pages), torch.cat(columns)
 
         return self.once("places", make)
-
-    def seen(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """For the pages below the cache's top: which decoded token sees it (or their number, if none does), which of
-        its pages it is, and how many pages the tokens have at most.
-        """
-
-        def make() -> tuple[torch.Tensor, torch.Tensor, int]:
-            count, top = len(self.at), self.cache.top
-            owner, rank = self.cache.owner[:top], self.cache.rank[:top]
-            alive = torch.cat((self.alive, self.alive.new_zeros(1)))
-            owner = torch.where(alive[owner.clamp(max=count)], owner, count)  # -1 is the last, and not alive
-            rank = torch.where(owner < count, rank, 0)
-            return owner, rank, int(rank.max()) + 1
-
-        return self.once("seen", make)
-
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores of the decoded tokens and of nobody, (decoded + 1, 1, columns): 0 where a token
-        may look. The columns are those of its pages in their order, and of the shared prefix.
-        """
-
-        def make() -> torch.Tensor:
-            prefix, own = self.cache.prefix, self.seen()[2] * PAGE
-            columns = torch.arange(own + prefix, device=self.at.device)
-            distance = self.at[:, None] - torch.where(columns < own, prefix + columns, columns - own)
-            visible = distance >= 0
-            if window is not None:
-                visible &= distance < window
-            visible[:, 0] |= ~self.alive  # one that is dropped sees something, so that its softmax is a number
-            return additive(torch.cat((visible, visible.new_ones(1, len(columns)))), dtype)[:, None]
-
-        return self.once(("bias", window, dtype), make)
 
 
 def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
@@ -214,49 +232,55 @@ def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> Non
         whole[pages, :, columns] = part.transpose(0, 1)
 
 
-def decode(layer: int, query: torch.Tensor, step: Step, scale: float, window: int | None) -> torch.Tensor:
-    """Attention of one token of each of the first slots, over what its slot holds, itself included.
+def decode(
+    layer: int, query: torch.Tensor, cache: PagedCache, decoded: Decoded, scale: float, window: int | None
+) -> torch.Tensor:
+    """Attention of tokens over what their slots hold, themselves included.
 
     Args:
         layer: which layer's keys and values.
-        query: (heads, decoded, width).
-        step: the step, whose keys and values are stored.
+        query: (heads, tokens, width).
+        cache: where their keys and values are stored already.
+        decoded: the tokens.
         scale: the factor on the scores.
         window: a token sees no more than so many tokens.
 
     Returns:
-        (decoded, heads, width).
+        (tokens, heads, width).
     """
-    cache = step.cache
-    keys, values = (part[: cache.top] for part in cache.layer(layer, query, query))
-    heads, count, width = query.shape
-    groups, prefix = keys.shape[1], cache.prefix
-    owner, rank, pages = step.seen()
-    queries = (query.transpose(0, 1) * scale).reshape(count, -1)
-    bias = step.bias(window, query.dtype)
-    scores = queries.new_zeros(count + 1, heads, bias.shape[-1])  # not every token has all the pages
-    columns = pages * PAGE
+    count, beside = decoded.at.shape
+    heads, _, width = query.shape
+    chosen, owner, rank, pages = decoded.seen(cache)
+    keys, values = (
+        part[: cache.top] if chosen is None else part.index_select(0, chosen)
+        for part in cache.layer(layer, query, query)
+    )
+    groups, prefix, columns = keys.shape[1], cache.prefix, pages * PAGE
+    # Of each slot: heads, and of each head its tokens.
+    queries = (query.unflatten(1, (count, beside)).transpose(0, 1) * scale).reshape(count, -1)
+    bias = decoded.bias(cache, window, query.dtype)
+    scores = queries.new_zeros(count + 1, heads * beside, bias.shape[-1])  # not every slot has all the pages
     own = scores[:, :, :columns].unflatten(-1, (pages, PAGE))
 
-    asking = step.once("asking", lambda: owner.clamp(max=count - 1))
+    asking = decoded.once("asking", lambda: owner.clamp(max=count - 1))
     by_page = queries.index_select(0, asking).view(len(owner) * groups, -1, width)
-    own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), heads, PAGE)
+    own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), -1, PAGE)
     shared_prefix = cache.prefix_of(layer)
     if shared_prefix is not None:
-        # (key-value heads, tokens * heads of each, width)
+        # (key-value heads, slots * heads of each * tokens, width)
         shared = queries.view(count, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
         found = torch.bmm(shared, shared_prefix[0].transpose(1, 2)).view(groups, count, -1, prefix)
         scores[:count, :, columns:].unflatten(1, (groups, -1)).copy_(found.transpose(0, 1))
-    scores += bias
+    scores.unflatten(1, (heads, beside)).add_(bias)
     probabilities = torch.softmax(scores, -1)
 
     own = probabilities[:, :, :columns].unflatten(-1, (pages, PAGE))[owner, :, rank]
     parts = torch.bmm(own.reshape(len(owner) * groups, -1, PAGE), values.flatten(0, 1))
-    by_token = parts.new_zeros(count + 1, pages, parts.shape[-1] * heads)
-    by_token[owner, rank] = parts.view(len(owner), -1)
-    out = by_token[:count].sum(1).view(count, heads, -1)
+    by_slot = parts.new_zeros(count + 1, pages, queries.shape[1])
+    by_slot[owner, rank] = parts.view(len(owner), -1)
+    out = by_slot[:count].sum(1).view(count, groups, -1, width)
     if shared_prefix is not None:
         shared = probabilities[:count, :, columns:].unflatten(1, (groups, -1)).transpose(0, 1)
-        found = torch.bmm(shared.reshape(groups, -1, prefix), shared_prefix[1]).view(groups, count, heads // groups, -1)
-        out.unflatten(1, (groups, -1)).add_(found.transpose(0, 1))
-    return out
+        found = torch.bmm(shared.reshape(groups, -1, prefix), shared_prefix[1]).view(groups, count, -1, width)
+        out.add_(found.transpose(0, 1))
+    return out.reshape(count, heads, beside, width).transpose(1, 2).reshape(-1, heads, width)

@@ -5,13 +5,14 @@ the whole prompts of those that begin, in one row (see `llm_adapters.acceleratio
 room for the next question in the same moment.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import nn
 
 from llm_adapters.acceleration.model import Acceleration, differs, learned_prefix, probe_sequences
 from llm_adapters.acceleration.packing import Pack, common_prefix, rounded
-from llm_adapters.acceleration.pages import PAGE, PagedCache, Step
+from llm_adapters.acceleration.pages import PAGE, Decoded, PagedCache, Step
 from llm_adapters.evaluation.search import Beams, Greedy, Search
 
 _ROWS = 16  # tokens are computed in such numbers (see `packing.rounded`)
@@ -48,6 +49,7 @@ class Engine:
             learned = learned_prefix(acceleration.model)
         # A learned prefix takes the places of so many tokens that all prompts begin with, and that are never computed.
         self.learned = learned[0][0].shape[1] if learned else 0
+        self.limit = max_new_tokens
         self.prompts = [[0] * self.learned + list(prompt) for prompt in prompts]
         self.groups = min(slots, len(prompts))
         self.search: Search = (
@@ -61,8 +63,8 @@ class Engine:
         for layer, (keys, values) in enumerate(learned):
             self.cache.keep_prefix(layer, keys, values)
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is the last
-        self.owners: list[int | None] = []  # the prompt of each group in use
-        self.lengths = torch.full((self.groups,), self.prefix, device=self.device)  # of these prompts
+        self.owners: dict[int, int] = {}  # of each group in use, the prompt
+        self.lengths = torch.zeros(self.groups, dtype=torch.int64, device=self.device)  # of these prompts
 
     @torch.inference_mode()
     def run(self, on_token: Callable[[int, int], None] | None = None) -> Iterator[Ended]:
@@ -72,92 +74,107 @@ class Engine:
             on_token: for greedy decoding, called with the index of a prompt and each token of its answer.
         """
         if self.prefix > self.learned:
-            self._forward(Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device), None, 0)
+            self._forward([], Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device), None)
+        told: dict[int, int] = {}
         while self.waiting or self.owners:
-            decoded = len(self.owners)
+            going = torch.tensor(sorted(self.owners), dtype=torch.int64, device=self.device)
             fresh = self._admit()
-            logits = self._prompts_and_tokens(fresh, decoded)
-            if decoded:
-                self._advance(decoded, logits[: decoded * self.search.width], fresh)
+            fed = self.search.feed(going) if len(going) else []
+            *advanced, begun = self._forward(fed, *self._new(fresh))
+            for (groups, tokens), logits in zip(fed, advanced, strict=True):
+                self._advance(groups, tokens, logits)
             if fresh:
-                self._begin(fresh, logits[-len(fresh) :])
+                self._begin(fresh, begun)
             if on_token is not None:
-                for group, owner in enumerate(self.owners):
-                    if owner is not None:
-                        on_token(owner, self.search.answer(group)[-1])
+                for group, owner in self.owners.items():
+                    answer = self.search.answer(group)
+                    for token in answer[told.get(owner, 0) :]:
+                        on_token(owner, token)
+                    told[owner] = len(answer)
             if ended := self._collect():
                 yield ended
             if not self.waiting:
-                self._close_up()
+                self.cache.compact()
 
     # --- a step
 
     def _admit(self) -> list[int]:
         """Give waiting prompts to free groups; returns these groups."""
-        free = [group for group, owner in enumerate(self.owners) if owner is None]
-        free += range(len(self.owners), self.groups)
         fresh: list[int] = []
         room = PROMPT_TOKENS
-        for group in free:
+        for group in (group for group in range(self.groups) if group not in self.owners):
             if not self.waiting or (fresh and room < len(self.prompts[self.waiting[-1]]) - self.prefix):
                 break
-            index = self.waiting.pop()
-            room -= len(self.prompts[index]) - self.prefix
-            if group == len(self.owners):
-                self.owners.append(index)
-            else:
-                self.owners[group] = index
+            self.owners[group] = self.waiting.pop()
+            room -= len(self.prompts[self.owners[group]]) - self.prefix
             fresh.append(group)
         return fresh
 
-    def _prompts_and_tokens(self, fresh: list[int], decoded: int) -> torch.Tensor:
-        """The logits that follow the last tokens of the first `decoded` groups (and more), and the `fresh` prompts."""
-        pack = slots = None
-        if fresh:
-            prompts = [self.prompts[index] for group in fresh if (index := self.owners[group]) is not None]
-            pack = Pack.of(prompts, self.prefix, self.device)
-            slots = [group * self.search.width for group in fresh]
-            for slot, length in zip(slots, pack.lengths, strict=True):
-                self.cache.reserve(slot, length)
-        return self._forward(pack, slots, decoded, set(fresh))
+    def _new(self, fresh: list[int]) -> tuple[Pack | None, list[int] | None]:
+        """The prompts of the `fresh` groups, and the slots for them."""
+        if not fresh:
+            return None, None
+        pack = Pack.of([self.prompts[self.owners[group]] for group in fresh], self.prefix, self.device)
+        slots = [group * self.search.width for group in fresh]
+        for slot, length in zip(slots, pack.lengths, strict=True):
+            self.cache.reserve(slot, length)
+        return pack, slots
 
     def _forward(
-        self, pack: Pack | None, slots: list[int] | None, decoded: int, fresh: Collection[int] = ()
-    ) -> torch.Tensor:
-        width = self.search.width
-        at = self.lengths[:decoded] + self.search.count[:decoded] - 1
-        alive = [self.owners[group] is not None and group not in fresh for group in range(decoded)]
-        # A page for those whose last one is full.
-        for group in ((at - self.prefix) % PAGE == 0).nonzero().flatten().tolist():
-            if alive[group]:
-                for slot in range(group * width, (group + 1) * width):
-                    self.cache.reserve(slot, int(at[group]) - self.prefix + 1)
-        more = rounded(decoded * width, _ROWS) - decoded * width if decoded else 0
-        rows = at.repeat_interleave(width), torch.tensor(alive, device=self.device).repeat_interleave(width)
-        at, living = (torch.cat((part, part.new_zeros(more))) for part in rows)
-        tokens = self.search.feed(decoded)
-        step = Step(self.cache, at, living.bool(), pack, slots)
-        return self.acceleration.logits(step, torch.cat((tokens, tokens.new_zeros(more))))
+        self, fed: list[tuple[torch.Tensor, torch.Tensor]], pack: Pack | None, slots: list[int] | None
+    ) -> list[torch.Tensor]:
+        """The logits that follow the tokens of each part of `fed`, and those that follow the prompts of `pack`."""
+        decoded = [self._decoded(groups, tokens.shape[1]) for groups, tokens in fed]
+        tokens = [
+            nn.functional.pad(tokens, (0, 0, 0, len(part.slots) - len(tokens))).flatten()
+            for (_, tokens), part in zip(fed, decoded, strict=True)
+        ]
+        row = torch.cat([torch.zeros(0, dtype=torch.int64, device=self.device), *tokens])
+        logits = self.acceleration.logits(Step(self.cache, decoded, pack, slots), row)
+        *parts, prompts = logits.split([*map(len, tokens), len(logits) - len(row)])
+        found = [
+            part.view(-1, tokens.shape[1], part.shape[-1])[: len(tokens)]
+            for part, (_, tokens) in zip(parts, fed, strict=True)
+        ]
+        return [*found, prompts]
 
-    def _advance(self, decoded: int, logits: torch.Tensor, fresh: list[int]) -> None:
-        parents = self.search.advance(decoded, logits)
+    def _decoded(self, groups: torch.Tensor, beside: int) -> Decoded:
+        """So many neighbouring tokens of all slots of these `groups`, from the last one that their answers have."""
+        width = self.search.width
+        last = (self.lengths + self.limit)[groups, None] - 2  # what follows the last token of an answer, nobody reads
+        at = (self.lengths + self.search.count)[groups, None] - 1 + torch.arange(beside, device=self.device)
+        alive, at = (part.repeat_interleave(width, 0) for part in (at <= last, at.minimum(last)))
+        slots = self._slots(groups).flatten()
+        pages = (at[:, -1] - self.prefix) // PAGE
+        for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
+            self.cache.reserve(slot, page * PAGE + 1)
+        more = rounded(len(slots), max(1, _ROWS // beside)) - len(slots)
+        return Decoded(
+            nn.functional.pad(slots, (0, more), value=-1),
+            nn.functional.pad(at, (0, 0, 0, more)),
+            nn.functional.pad(alive, (0, 0, 0, more)),
+        )
+
+    def _slots(self, groups: torch.Tensor) -> torch.Tensor:
+        """(groups, width)."""
+        width = self.search.width
+        return groups[:, None] * width + torch.arange(width, device=self.device)
+
+    def _advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> None:
+        parents = self.search.advance(groups, fed, logits)
         if parents is None:
             return
-        width = self.search.width
-        slots = torch.arange(decoded * width, device=self.device)
-        source = (torch.arange(decoded, device=self.device)[:, None] * width + parents).flatten()
-        changed = source != slots
-        free = [group for group in range(decoded) if group in fresh or self.owners[group] is None]
-        changed.view(decoded, width)[free] = False
-        moved = changed.nonzero().flatten()
-        if len(moved):
+        slots = self._slots(groups)
+        source = slots.gather(1, parents)
+        moved = source != slots
+        if moved.any():
             # A group's beams share its prompt.
-            first = int((self.lengths[moved // width].min() - self.prefix) // PAGE)
-            self.cache.copy(source[moved], moved, first)
+            first = int((self.lengths[groups[moved.any(1)]].min() - self.prefix) // PAGE)
+            self.cache.copy(source[moved], slots[moved], first)
 
     def _begin(self, fresh: list[int], logits: torch.Tensor) -> None:
         groups = torch.tensor(fresh, device=self.device)
-        sizes = [len(self.prompts[index]) for group in fresh if (index := self.owners[group]) is not None]
+        sizes = [len(self.prompts[self.owners[group]]) for group in fresh]
         self.lengths[groups] = torch.tensor(sizes, device=self.device)
         self.search.begin(groups, logits)
         width = self.search.width
@@ -169,58 +186,40 @@ class Engine:
     def _collect(self) -> Ended:
         """The answers that have ended, whose groups are free again."""
         found: Ended = []
-        for group in self.search.finished(len(self.owners)).nonzero().flatten().tolist():
-            owner = self.owners[group]
-            if owner is not None:
-                found.append((owner, self.search.answer(group)))
-                self.owners[group] = None
+        used = list(self.owners)
+        for group, ended in zip(used, self.search.finished(torch.tensor(used)).tolist(), strict=True):
+            if ended:
+                found.append((self.owners.pop(group), self.search.answer(group)))
                 for slot in range(group * self.search.width, (group + 1) * self.search.width):
                     self.cache.release(slot)
-        free = [group for group, owner in enumerate(self.owners) if owner is None]
-        if free:
-            self.lengths[free], self.search.count[free] = self.prefix, 1
         return found
-
-    def _close_up(self) -> None:
-        """Nothing waits any more: let the last groups take the free places, so that no row computes for nothing."""
-        width = self.search.width
-        while None in self.owners:
-            last = len(self.owners) - 1
-            group = self.owners.index(None)
-            if group < last and self.owners[last] is not None:
-                for beam in range(width):
-                    self.cache.hand_over(last * width + beam, group * width + beam)
-                self.search.move(last, group)
-                self.lengths[group], self.owners[group] = self.lengths[last], self.owners[last]
-            self.owners.pop()
-        self.cache.compact()
 
 
 @torch.inference_mode()
 def why_not(acceleration: Acceleration) -> str | None:
-    """Why the engine cannot be used; None where it can, which is tried: tokens one by one against the whole at once."""
+    """Why the engine cannot be used; None where it can, which is tried: tokens by and by against the whole at once."""
     if not acceleration.packs:
         return acceleration.report["packing"]
     sequences = probe_sequences(acceleration.base)
-    prefix, last = 3, 2
+    prefix, steps = 2, (1, 2)  # so many tokens beside each other
     device = acceleration.base.device
     cache = PagedCache(len(sequences), max(map(len, sequences)), device)
-    none, nobody = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.bool, device=device)
-    slots = list(range(len(sequences)))
+    slots = torch.arange(len(sequences), device=device)
     try:
         shared = Pack.of([sequences[0][:prefix]], device=device)
-        acceleration.logits(Step(cache, none, nobody, shared), none)
-        pack = Pack.of([sequence[:-last] for sequence in sequences], prefix, device)
-        for slot in slots:
-            cache.reserve(slot, len(sequences[slot]) - prefix)
-        found = [acceleration.logits(Step(cache, none, nobody, pack, slots), none)]
-        for back in range(last, 0, -1):
-            at = torch.tensor([len(sequence) - back for sequence in sequences], device=device)
-            tokens = torch.tensor([sequence[-back] for sequence in sequences], device=device)
-            found.append(acceleration.logits(Step(cache, at, at >= 0), tokens))
-        for sequence, rows in zip(sequences, torch.stack(found, 1), strict=True):
+        acceleration.logits(Step(cache, (), shared), slots[:0])
+        pack = Pack.of([sequence[: -sum(steps)] for sequence in sequences], prefix, device)
+        for slot, sequence in enumerate(sequences):
+            cache.reserve(slot, len(sequence) - prefix)
+        found = [acceleration.logits(Step(cache, (), pack, slots.tolist()), slots[:0])[:, None]]
+        ends = torch.tensor([list(range(len(sequence) - sum(steps), len(sequence))) for sequence in sequences])
+        tokens = torch.tensor([sequence[-sum(steps) :] for sequence in sequences])
+        for at, part in zip(ends.to(device).split(steps, 1), tokens.to(device).split(steps, 1), strict=True):
+            logits = acceleration.logits(Step(cache, [Decoded(slots, at, at >= 0)]), part.flatten())
+            found.append(logits.view(*at.shape, -1))
+        for sequence, rows in zip(sequences, torch.cat(found, 1), strict=True):
             ids = torch.tensor([sequence], device=device)
-            expected = acceleration.base(input_ids=ids, use_cache=False).logits[0, -1 - last :]
+            expected = acceleration.base(input_ids=ids, use_cache=False).logits[0, -1 - sum(steps) :]
             if refused := differs(rows, expected):
                 return refused
     except Exception as error:  # families differ in more ways than can be listed

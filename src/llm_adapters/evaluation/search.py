@@ -10,6 +10,8 @@ import torch
 
 from llm_adapters.errors import WorkError
 
+GUESSES = 7  # tokens that are guessed at a time
+REPEATED = 12  # tokens of an answer that must stand in it twice for guessing to begin
 _NEVER = -1e9  # the score of what must not be chosen
 
 
@@ -24,74 +26,108 @@ class Search(Protocol):
     width: int
     count: torch.Tensor
 
-    def feed(self, groups: int) -> torch.Tensor:
-        """The last tokens of the first `groups`, (groups * width,)."""
+    def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What to compute for these `groups`: the last tokens of each, and some that may follow.
+
+        Returns:
+            Some of the groups, (some,), and their tokens, (some * width, tokens); a pair for each number of tokens.
+        """
 
     def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
         """New questions in these `groups`; `logits` (groups, vocabulary) follow their prompts."""
 
-    def advance(self, groups: int, logits: torch.Tensor) -> torch.Tensor | None:
-        """One more token for the first `groups`; `logits` (groups * width, vocabulary) follow what was fed.
+    def advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+        """At least one more token for these `groups`.
 
-        Returns, where slots change places, (groups, width): which slot of its group each one goes on from.
+        Args:
+            groups: as `feed` returned them.
+            fed: the tokens, as `feed` returned them.
+            logits: (groups * width, tokens, vocabulary), what follows each of the tokens.
+
+        Returns:
+            Where slots change places, (groups, width): which slot of its group each one goes on from.
         """
 
-    def finished(self, groups: int) -> torch.Tensor:
-        """Which of the first `groups` have their answer, (groups,), bool."""
+    def finished(self, groups: torch.Tensor) -> torch.Tensor:
+        """Which of these `groups` have their answer, (groups,), bool."""
 
     def answer(self, group: int) -> list[int]:
         """The tokens of a finished group, with the one that ends them if there is one."""
-
-    def move(self, source: int, target: int) -> None:
-        """Let `target` go on where `source` is."""
 
 
 class Greedy:
     """Always the most probable token.
 
-    A free group's tokens are computed and dropped: for them there is one place more than the longest answer has.
+    An answer whose last tokens stand in it a second time is likely to go on as it did before. Then what followed is
+    computed in the same step as a guess, and kept as far as it is what the model says: the answer is the same, and
+    there sooner (speculative decoding, Leviathan et al. 2023, with the answer itself for a draft).
     """
 
     width = 1
 
     def __init__(self, groups: int, limit: int, ends: Sequence[int], device: torch.device) -> None:
         self.limit, self.ends = limit, torch.tensor(list(ends), device=device)
-        self.count = torch.ones(groups, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(groups, limit + 1, dtype=torch.int64, device=device)
+        self.count = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(groups, limit, dtype=torch.int64, device=device)
         self.ended = torch.zeros(groups, dtype=torch.bool, device=device)
 
-    def feed(self, groups: int) -> torch.Tensor:
+    def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Search`."""
-        return self.tokens[:groups].gather(1, self.count[:groups, None] - 1)[:, 0]
+        tokens, count = self.tokens[groups], self.count[groups, None]
+        period = _period(tokens, count)
+        # As many as are computed, or may follow; in an answer that repeats itself, those of the times before.
+        steps = torch.arange(GUESSES + 1, device=groups.device)
+        at = torch.where(period > 0, count - 1 - period + steps % period.clamp(min=1), count - 1)
+        at[:, 0] = count[:, 0] - 1
+        fed, repeats = tokens.gather(1, at), period[:, 0] > 0
+        parts = (groups[~repeats], fed[~repeats, :1]), (groups[repeats], fed[repeats])
+        return [part for part in parts if len(part[0])]
 
     def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
         """See `Search`."""
         self.count[groups] = 0
-        self._append(groups, logits)
+        self.advance(groups, self.tokens[groups, :1], logits[:, None])
 
-    def advance(self, groups: int, logits: torch.Tensor) -> None:
+    def advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> None:
         """See `Search`."""
-        self._append(torch.arange(groups, device=logits.device), logits)
+        best, chosen = logits.max(-1)
+        require_numbers(best)
+        count = self.count[groups]
+        # A token follows from right guesses only, no token follows an end, and there is a limit.
+        wrong, ends = fed[:, 1:] != chosen[:, :-1], torch.isin(chosen, self.ends)
+        follows = torch.cat((torch.zeros_like(ends[:, :1]), wrong | ends[:, :-1]), 1).cumsum(1) == 0
+        at = count[:, None] + torch.arange(fed.shape[1], device=groups.device)
+        follows &= at < self.limit
+        rows = groups[:, None].expand_as(at)
+        self.tokens[rows[follows], at[follows]] = chosen[follows]
+        self.count[groups] = count + follows.sum(1)
+        self.ended[groups] = (ends & follows).any(1) | (self.count[groups] >= self.limit)
 
-    def finished(self, groups: int) -> torch.Tensor:
+    def finished(self, groups: torch.Tensor) -> torch.Tensor:
         """See `Search`."""
-        return self.ended[:groups]
+        return self.ended[groups]
 
     def answer(self, group: int) -> list[int]:
         """See `Search`."""
         return self.tokens[group, : int(self.count[group])].tolist()
 
-    def move(self, source: int, target: int) -> None:
-        """See `Search`."""
-        for state in (self.count, self.tokens, self.ended):
-            state[target] = state[source]
 
-    def _append(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
-        best, chosen = logits.max(-1)
-        require_numbers(best)
-        self.tokens[groups, self.count[groups]] = chosen
-        self.count[groups] += 1
-        self.ended[groups] = torch.isin(chosen, self.ends) | (self.count[groups] >= self.limit)
+def _period(tokens: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """How far back the last `REPEATED` of `count` tokens stand a second time, the nearest; 0 where they do not.
+
+    Args:
+        tokens: (answers, limit).
+        count: (answers, 1).
+    """
+    most = int(count.max())
+    if most <= REPEATED:
+        return torch.zeros_like(count)
+    last = torch.arange(REPEATED, device=tokens.device) - REPEATED
+    recent = tokens.gather(1, (count + last).clamp(min=0))
+    same = (tokens[:, :most].unfold(1, REPEATED, 1) == recent[:, None]).all(-1)
+    starts = torch.arange(same.shape[1], device=tokens.device)
+    nearest = torch.where(same & (starts < count - REPEATED), starts, -1).amax(1, keepdim=True)
+    return torch.where(nearest >= 0, count - REPEATED - nearest, 0)
 
 
 class Beams:
@@ -105,8 +141,8 @@ class Beams:
         self.width, self.limit, self.ends = width, limit, torch.tensor(list(ends), device=device)
         # So many candidates that as many as there are beams go on whatever ends.
         self.candidates = max(2, 1 + len(self.ends)) * width
-        self.count = torch.ones(groups, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(groups, width, limit + 1, dtype=torch.int64, device=device)
+        self.count = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(groups, width, limit, dtype=torch.int64, device=device)
         self.scores = torch.zeros(groups, width, device=device)
         self.done_tokens = torch.zeros_like(self.tokens)
         self.done_lengths = torch.zeros(groups, width, dtype=torch.int64, device=device)
@@ -114,10 +150,10 @@ class Beams:
         self.done = torch.zeros(groups, width, dtype=torch.bool, device=device)
         self.ended = torch.zeros(groups, dtype=torch.bool, device=device)
 
-    def feed(self, groups: int) -> torch.Tensor:
+    def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Search`."""
-        last = (self.count[:groups, None, None] - 1).expand(-1, self.width, 1)
-        return self.tokens[:groups].gather(2, last).flatten()
+        last = (self.count[groups, None, None] - 1).expand(-1, self.width, 1)
+        return [(groups, self.tokens[groups].gather(2, last).flatten(0, 1))]
 
     def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
         """See `Search`."""
@@ -128,23 +164,17 @@ class Beams:
         self.done[groups] = False
         self._extend(groups, logits.repeat_interleave(self.width, 0))
 
-    def advance(self, groups: int, logits: torch.Tensor) -> torch.Tensor:
+    def advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """See `Search`."""
-        return self._extend(torch.arange(groups, device=logits.device), logits)
+        return self._extend(groups, logits[:, 0])
 
-    def finished(self, groups: int) -> torch.Tensor:
+    def finished(self, groups: torch.Tensor) -> torch.Tensor:
         """See `Search`."""
-        return self.ended[:groups]
+        return self.ended[groups]
 
     def answer(self, group: int) -> list[int]:
         """See `Search`."""
         return self.done_tokens[group, 0, : int(self.done_lengths[group, 0])].tolist()
-
-    def move(self, source: int, target: int) -> None:
-        """See `Search`."""
-        for state in vars(self).values():
-            if isinstance(state, torch.Tensor) and state is not self.ends:
-                state[target] = state[source]
 
     def _extend(self, groups: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """One more token for `groups`; returns (groups, width), the beam that each beam goes on from."""
