@@ -41,8 +41,8 @@ HELD_OUT = 32
 LEARNING_RATE = 3e-4
 
 # The fastest of --sweep (LoRA, 64 examples, one run each on a quiet machine; tokens per second):
-#   Trainer: padding-free 4: 258, by length 4: 248, by length 16: 225, random 4: 220, by length 8: 219, padding-free 8: 180.
-#   SFT: by length 4: 207, padding-free 4: 175, by length 8: 174, padding-free 8: 163, by length 16: 125, packing 1024: 188, 512: 180.
+#   Trainer: padding-free 4: 258, 8: 180; by length 4: 248, 8: 219, 16: 225; random 4: 220.
+#   SFT: padding-free 4: 175, 8: 163; by length 4: 207, 8: 174, 16: 125; packs of 512: 180, of 1,024: 188.
 # Padding-free gave padding's held-out loss, with transformers' sdpa; TRL supports it with flash attention only.
 # Read in TRL's code, not profiled: without Triton its fused output head computes every position, not the labels alone.
 P2: dict[str, Any] = {"trainer": "trainer", "layout": "padding_free", "sampling": "random", "micro_batch": 4}
