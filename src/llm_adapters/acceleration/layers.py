@@ -196,20 +196,23 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         if ctx.needs_input_grad[0]:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            ctx.save_for_backward(x, weight, torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)))
-        return functional.rms_norm(x, weight.shape, weight, eps)
+            ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
-        scaled = gradients[0] * weight
-        # d/dx (w x r), with r = rms(x)^-1: r * (g w) - x * r^3 * mean(g w x)
-        along = (scaled * x).sum(-1, keepdim=True, dtype=torch.float32)
-        along.mul_(inverse).mul_(inverse).mul_(inverse).div_(-x.shape[-1])
-        out = scaled * inverse
-        return out.addcmul_(x.to(out.dtype), along).to(x.dtype), None, None
+        (grad,) = gradients
+        # With r = 1 / rms(x): r * (g w - x r^2 mean(g w x)). That is a layer norm's gradient for a mean of 0, which
+        # torch has as one function, but for r * mean(g w), which a layer norm takes away.
+        none, wanted = torch.zeros_like(inverse), [True, False, False]
+        exact = weight.to(inverse.dtype) if x.device.type == "cpu" else weight  # as its kernels want it
+        out = torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, none, inverse, exact, None, wanted)[0]
+        mean = (grad @ weight)[..., None] * (inverse / x.shape[-1])
+        return out.add_(mean.to(out.dtype)), None, None
 
 
 def rms_parts(module: nn.Module) -> tuple[torch.Tensor, float] | None:

@@ -10,8 +10,9 @@ import torch
 
 from llm_adapters.errors import WorkError
 
-GUESSES = 7  # tokens that are guessed at a time
-REPEATED = 12  # tokens of an answer that must stand in it twice for guessing to begin
+GUESSES = 3  # tokens that are guessed at a time
+REPEATED = 3  # of an answer's tokens must stand in it twice for guessing
+FEW = 64  # answers: for more the machine is busy as it is, and guesses that are wrong cost what right ones save
 _NEVER = -1e9  # the score of what must not be chosen
 
 
@@ -58,9 +59,9 @@ class Search(Protocol):
 class Greedy:
     """Always the most probable token.
 
-    An answer whose last tokens stand in it a second time is likely to go on as it did before. Then what followed is
-    computed in the same step as a guess, and kept as far as it is what the model says: the answer is the same, and
-    there sooner (speculative decoding, Leviathan et al. 2023, with the answer itself for a draft).
+    An answer whose last tokens stand in it a second time is likely to go on as it did before. Where few answers are in
+    the making, what followed is computed in the same step as a guess, and kept as far as it is what the model says: the
+    answer is the same, and there sooner (speculative decoding, Leviathan et al. 2023; the draft is the answer).
     """
 
     width = 1
@@ -74,7 +75,7 @@ class Greedy:
     def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See `Search`."""
         tokens, count = self.tokens[groups], self.count[groups, None]
-        period = _period(tokens, count)
+        period = _period(tokens, count) if len(groups) <= FEW else torch.zeros_like(count)
         # As many as are computed, or may follow; in an answer that repeats itself, those of the times before.
         steps = torch.arange(GUESSES + 1, device=groups.device)
         at = torch.where(period > 0, count - 1 - period + steps % period.clamp(min=1), count - 1)
