@@ -1,0 +1,159 @@
+"""What does each step from a plain training loop to ours gain? Prints a table, or one JSON document with --json.
+
+    python benchmarks/steps.py --json
+    python benchmarks/steps.py --lengths 256 1024 4096    # instead: tokens per second by the length of a sequence
+
+The job is that of training.py with LoRA and dropout 0.05, in a loop without Trainer. Every row turns one thing on and
+keeps what the rows above it have on; each is measured in a process of its own, all in turn.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import common
+import training
+
+_ACCELERATION = "llm_adapters.acceleration"
+# What a row turns on, and what is put in its place in the rows above it.
+STEPS: dict[str, dict[str, Any]] = {
+    "plain: transformers and PEFT, 4 examples at a time, padded": {},
+    "rows by length, logits at labels only": {},
+    "output head and loss in one": {f"{_ACCELERATION}.model.Acceleration._why_no_head": lambda *_: "left out"},
+    "packs of 1,024 tokens": {f"{_ACCELERATION}.model._why_not": lambda *_: "left out"},
+    "shared prefix": {"llm_adapters.training.batching._shared": lambda _: 0},
+    "LoRA in one function, sparse dropout": {f"{_ACCELERATION}.layers.lora_weight": lambda _: None},
+    "RMS norm, gated MLP, rotary positions": {
+        f"{_ACCELERATION}.layers.rms_parts": lambda _: None,
+        f"{_ACCELERATION}.layers.is_silu_mlp": lambda _: False,
+        f"{_ACCELERATION}.rotary.modelling_file": lambda _: None,
+    },
+    "kept memory": {f"{_ACCELERATION}.model.keep_memory": lambda: False},
+    "packs of 2,048 tokens": {},
+}
+NAMES = list(STEPS)
+WARM_UP = 1
+
+
+def step(spec: dict) -> dict:
+    """One row: all that rows up to `spec["step"]` turn on."""
+    import torch
+    from peft import get_peft_model
+
+    from llm_adapters.tasks.prompts import Encoded
+    from llm_adapters.training import Acceleration, Collator
+
+    model, tokenizer, data = training.load(spec)
+    model = get_peft_model(model, training.peft_config("lora", 0.05)).train()
+    if "length" in spec:
+        length, half = spec["length"], spec["length"] // 2
+        drawn = torch.randint(0, 40000, (max(2, 12288 // length), length), generator=torch.Generator().manual_seed(0))
+        examples = [Encoded(ids, [-100] * half + ids[half:], half) for ids in drawn.tolist()]
+        batch = max(1, 4096 // length)
+    else:
+        examples = [Encoded(row["input_ids"], row["labels"], 0) for row in data["train"]]
+        batch = training.BATCH
+    at = NAMES.index(spec["step"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=training.LEARNING_RATE)
+    times, tokens = [], []
+    with contextlib.ExitStack() as stack:
+        for name in NAMES[at + 1 :]:
+            for target, replacement in STEPS[name].items():
+                stack.enter_context(mock.patch(target, replacement))
+        fast = stack.enter_context(Acceleration(model, on=at >= 2))
+        limit = 2048 if at == len(NAMES) - 1 else 1024
+        collator = Collator(tokenizer.pad_token_id, packed=fast.packs, tokens=limit)
+        for start in range(0, len(examples), batch):
+            chosen = examples[start : start + batch]
+            times.append(time.perf_counter())
+            tokens.append(sum(len(e.input_ids) for e in chosen))
+            labels = sum(label != -100 for e in chosen for label in e.labels[1:])
+            if at == 0:
+                for few in (chosen[i : i + 4] for i in range(0, len(chosen), 4)):
+                    inputs, targets = padded(few, tokenizer.pad_token_id)
+                    share = (targets[:, 1:] != -100).sum() / labels
+                    (model(**inputs, labels=targets).loss * share).backward()
+            else:
+                for micro in collator.cut(chosen):
+                    (model(**micro.arguments())["loss"] / labels).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        times.append(time.perf_counter())
+    return {
+        "tokens_per_second": sum(tokens[WARM_UP:]) / (times[-1] - times[WARM_UP]),
+        "peak_memory": common.peak_memory(),
+    }
+
+
+def padded(examples: list, pad: int) -> tuple[dict[str, Any], Any]:
+    """Inputs and labels, padded on the right to the longest."""
+    import torch
+
+    width = max(len(e.input_ids) for e in examples)
+    more = [width - len(e.input_ids) for e in examples]
+    pairs = list(zip(examples, more, strict=True))
+    inputs = {
+        "input_ids": torch.tensor([e.input_ids + [pad] * n for e, n in pairs]),
+        "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * n for e, n in pairs]),
+    }
+    return inputs, torch.tensor([e.labels + [-100] * n for e, n in pairs])
+
+
+def main() -> None:
+    if common.worker_main({"step": step}, sys.argv[1:]):
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--examples", type=int, default=64, help="a multiple of 16; 32 or more")
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead: sequences of so many tokens")
+    asked = parser.parse_args()
+    if asked.examples % training.BATCH or asked.examples <= WARM_UP * training.BATCH:
+        parser.error(f"--examples {asked.examples}: a multiple of {training.BATCH}, and more than {training.BATCH}")
+    with tempfile.TemporaryDirectory() as temporary:
+        job = training.prepare(asked.examples, Path(temporary))
+        spec = {"contestant": "step", "model": job["model"], "folder": temporary}
+
+        def run(name: str) -> dict:
+            chosen = {"step": NAMES[-1], "length": int(name)} if asked.lengths else {"step": name}
+            return common.run_worker(__file__, spec | chosen)
+
+        machine = common.machine()
+        results = common.alternate(map(str, asked.lengths) if asked.lengths else NAMES, asked.repeats, run)
+    rows = {
+        name: {
+            "tokens_per_second": common.rounded(common.median(done, "tokens_per_second")),
+            "tokens_per_second_each": common.each(done, "tokens_per_second"),
+            "peak_memory": common.median(done, "peak_memory"),
+            "disturbance_each": common.each(done, "disturbance", 2),
+            **({"reason": why} if (why := common.reason(done)) else {}),
+        }
+        for name, done in results.items()
+    }
+    if asked.json:
+        settings = {"examples": asked.examples, "repeats": asked.repeats, "dropout": 0.05, "batch_size": training.BATCH}
+        document = {"steps": rows, "versions": common.versions(), "machine": machine, "settings": settings}
+        print(json.dumps(document, indent=2))
+        return
+    head = ["tokens a sequence" if asked.lengths else "turned on", "tokens/s", "peak MB"]
+    print(
+        common.table(
+            [head]
+            + [
+                [name, str(r["tokens_per_second"]), str(r["peak_memory"] and round(r["peak_memory"] / 1e6))]
+                for name, r in rows.items()
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
