@@ -1,5 +1,6 @@
 """Two processes that train together give what one process gives."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,18 +22,24 @@ def run(recipe: dict[str, Any], folder: Path, processes: int) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "train.py").write_text(TRAIN)
     output = folder / f"run{processes}"
+    launch(processes, folder / "train.py", folder / "recipe.yaml", output)
+    return output
+
+
+def launch(processes: int, *command: Path) -> str:
+    """What so many processes of a script print."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*launcher, str(folder / "train.py"), str(folder / "recipe.yaml"), str(output)],
+        [*launcher, *map(str, command)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return output
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -59,3 +66,12 @@ def test_two_processes_give_the_adapter_of_one(family: str, tmp_path: Path) -> N
     for key in ("final_loss", "best_validation_loss"):
         assert second[key] == pytest.approx(first[key], rel=1e-5)
     assert second["data"] == first["data"]
+
+
+@pytest.mark.slow
+def test_a_model_may_be_sharded_once_it_is_accelerated() -> None:
+    found = json.loads(launch(2, Path(__file__).with_name("sharded.py")).splitlines()[-1])  # FSDP2
+    assert found["packed"]
+    assert found["all"] == pytest.approx(found["one"], rel=1e-6)
+    assert found["furthest"] < 1e-5
+    assert "before" in found["refused"]

@@ -13,6 +13,7 @@ from llm_adapters.acceleration import attention, head, layers, rotary, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.pages import Step
+from llm_adapters.errors import RequestError
 
 ON = "on"
 # How far apart two ways to the same hidden state may be, relative to its size: rounding is, a leak between segments,
@@ -33,6 +34,9 @@ class Acceleration:
 
     Attributes:
         report: for each fast path ``"on"``, or why it is off; for the manifest.
+
+    Raises:
+        RequestError: the model is sharded (FSDP2). Once it is on, `fully_shard` may be used.
     """
 
     def __init__(self, model: nn.Module, on: bool = True, frozen: bool = False, merge: bool = False) -> None:
@@ -45,6 +49,8 @@ class Acceleration:
     # --- on and off
 
     def __enter__(self) -> "Acceleration":
+        if any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters()):
+            raise RequestError("the model is sharded already: turn acceleration on before `fully_shard`.")
         was_training = self.model.training
         self.model.eval()
         try:
