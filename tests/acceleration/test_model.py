@@ -20,6 +20,7 @@ from tiny import FAMILIES
 from torch import nn
 
 from llm_adapters.acceleration import ON, Acceleration
+from llm_adapters.acceleration.attention import BLOCK
 from llm_adapters.training.batching import Collator
 
 # Families whose attention cannot take packs, each with the reason that is reported.
@@ -88,10 +89,16 @@ def test_packed_is_padded_and_a_shared_prefix_is_one_of_each(family: str) -> Non
             assert micro.pack.end == micro.tokens - 5 * micro.pack.prefix
 
 
+@pytest.mark.parametrize("block", [BLOCK, 5])
 @pytest.mark.parametrize("shared", [0, 7])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
-def test_long_and_short_segments_of_one_pack(family: str, shared: int) -> None:
-    """Attention computes them in several bands, and the gradients of the shared prefix come from all of these."""
+def test_long_and_short_segments_of_one_pack(
+    family: str, shared: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention computes them in several bands, the long ones and the prefix in blocks of rows, and the gradients of
+    the shared prefix come from all of these.
+    """
+    monkeypatch.setattr("llm_adapters.acceleration.attention.BLOCK", block)
     options = {"sliding_window": 12} if family == "mistral" else {}
     model = adapted(family, "lora", overrides=options).train()
     chosen = long_and_short(shared)

@@ -2,10 +2,13 @@
 
 Two batched matrix products and a softmax over the segments, padded to the longest of them, with the shared prefix in
 front of each. On a CPU that is several times faster than its fused attention at the lengths of worked problems, and the
-backward pass is written out so that nothing but the probabilities is kept.
+backward pass is written out so that nothing but the probabilities is kept. Long segments are attended to in blocks of
+rows, each over what it may see, and their probabilities are computed again in the backward pass: memory grows with the
+length, and not with its square.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from llm_adapters.acceleration import pages
 from llm_adapters.acceleration.packing import Band, Pack
 
 NAME = "llm_adapters_packed"
+BLOCK = 512  # rows; a longer segment is cut into so many
 
 # What a family may hand to its attention that changes nothing here, or is told by the pack.
 _HARMLESS = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
@@ -124,9 +128,8 @@ def _prompts(
     for number, band in enumerate(pack.bands):
         places = step.once(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
         queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
-        probabilities = _probabilities(queries, _with_prefix(key, band), band.bias(window, query.dtype))
-        part = out[band.start - pack.prefix : band.end - pack.prefix]
-        _back(torch.bmm(probabilities, _with_prefix(value, band)), band, part)
+        found, _ = _attend(queries, _with_prefix(key, band), _with_prefix(value, band), band.bias(window, query.dtype))
+        _back(found, band, out[band.start - pack.prefix : band.end - pack.prefix])
     out[pack.end - pack.prefix :] = 0
 
 
@@ -153,17 +156,20 @@ class _Packed(torch.autograd.Function):
         kept = []
         for band in pack.bands:
             queries = _segments(query, band, len(key)).mul_(scale)
-            kept.append(_probabilities(queries, _with_prefix(key, band), band.bias(window, query.dtype)))
-            _back(torch.bmm(kept[-1], _with_prefix(value, band)), band, out[band.start : band.end])
+            bias = band.bias(window, query.dtype)
+            found, probabilities = _attend(queries, _with_prefix(key, band), _with_prefix(value, band), bias)
+            kept.append(probabilities)
+            _back(found, band, out[band.start : band.end])
         out[pack.end :] = 0
         if pack.prefix:
             own = slice(0, pack.prefix)
-            bias = pack.bias(window, query.dtype)
-            kept.append(_probabilities(_grouped(query[:, own], len(key)) * scale, key[:, own], bias[None]))
-            out[own] = torch.bmm(kept[-1], value[:, own]).view(heads, pack.prefix, -1).transpose(0, 1)
+            queries, bias = _grouped(query[:, own], len(key)) * scale, pack.bias(window, query.dtype)
+            found, probabilities = _attend(queries, key[:, own], value[:, own], bias[None])
+            kept.append(probabilities)
+            out[own] = found.view(heads, pack.prefix, -1).transpose(0, 1)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(query, key, value, *kept)
-            ctx.pack, ctx.scale = pack, scale
+            ctx.pack, ctx.scale, ctx.window = pack, scale, window
         return out
 
     @staticmethod
@@ -183,6 +189,7 @@ class _Packed(torch.autograd.Function):
                 _grouped(query[:, own], groups) * scale,
                 key[:, own],
                 value[:, own],
+                pack.bias(ctx.window, query.dtype)[None],
                 kept[-1],
             )
             d_query[own] = dq.mul_(scale).view(len(query), prefix, -1).transpose(0, 1)
@@ -197,6 +204,7 @@ class _Packed(torch.autograd.Function):
                 _segments(query, band, groups).mul_(scale),
                 _with_prefix(key, band),
                 _with_prefix(value, band),
+                band.bias(ctx.window, query.dtype),
                 probabilities,
             )
             _back(dq.mul_(scale), band, d_query[band.start : band.end])
@@ -243,7 +251,59 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -
     return torch.softmax(scores, -1)
 
 
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``softmax(query key^T + bias) value``, as `_probabilities` takes them, and the probabilities if they are few."""
+    longest = bias.shape[1]
+    if longest <= BLOCK:
+        probabilities = _probabilities(query, key, bias)
+        return torch.bmm(probabilities, value), probabilities
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    for rows, seen in _blocks(bias):
+        probabilities = _probabilities(_cut(query, rows, longest), key[:, seen], bias[:, rows, seen])
+        found = torch.bmm(probabilities, value[:, seen])
+        out.unflatten(1, (-1, longest))[:, :, rows] = found.unflatten(1, (-1, rows.stop - rows.start))
+    return out, None
+
+
 def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    probabilities: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `_attend`, whose results are its `probabilities`."""
+    if probabilities is not None:
+        return _gradients(grad, query, key, value, probabilities)
+    longest = bias.shape[1]
+    d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for rows, seen in _blocks(bias):
+        asking, keys = _cut(query, rows, longest), key[:, seen]
+        again = _probabilities(asking, keys, bias[:, rows, seen])
+        dq, dk, dv = _gradients(_cut(grad, rows, longest), asking, keys, value[:, seen], again)
+        d_query.unflatten(1, (-1, longest))[:, :, rows] = dq.unflatten(1, (-1, rows.stop - rows.start))
+        d_key[:, seen] += dk
+        d_value[:, seen] += dv
+    return d_query, d_key, d_value
+
+
+def _blocks(bias: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows, and the columns that they may see: what stands before all rows, and the rows up to their own."""
+    longest, columns = bias.shape[1:]
+    for start in range(0, longest, BLOCK):
+        stop = min(start + BLOCK, longest)
+        yield slice(start, stop), slice(0, columns - longest + stop)
+
+
+def _cut(values: torch.Tensor, rows: slice, longest: int) -> torch.Tensor:
+    """These `rows` of every head: (batch, heads * longest, width) -> (batch, heads * rows, width)."""
+    return values.unflatten(1, (-1, longest))[:, :, rows].flatten(1, 2)
+
+
+def _gradients(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, probabilities: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of ``softmax(query key^T + bias) value``, each tensor (batch, rows, width).

@@ -10,7 +10,9 @@ import torch
 
 
 def dropped(count: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Indices of the dropped ones of `count` entries, each dropped with probability `p` independently; ascending int64.
+    """Indices of the dropped ones of `count` entries, each dropped with probability `p` independently; ascending int32.
+
+    int32, as they are kept until the backward pass (int64 from 2^31 entries on).
 
     Draws from torch's own random state, so that seeds, resuming and recomputation work as with torch's dropout.
     """
@@ -27,7 +29,8 @@ def dropped(count: int, p: float, device: torch.device | str = "cpu") -> torch.T
         pieces.append(found)
         start = int(found[-1]) + 1
     found = torch.cat(pieces)
-    return found[: int(torch.searchsorted(found, count))]
+    found = found[: int(torch.searchsorted(found, count))]
+    return found.to(torch.int32) if count < 2**31 else found
 
 
 def drop(values: torch.Tensor, indices: torch.Tensor, p: float) -> torch.Tensor:
@@ -37,5 +40,5 @@ def drop(values: torch.Tensor, indices: torch.Tensor, p: float) -> torch.Tensor:
 
 def blank(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`values` with the entries at the flat `indices` set to zero, in place."""
-    values.view(-1).index_fill_(0, indices, 0)
+    values.view(-1).index_fill_(0, indices.long(), 0)
     return values

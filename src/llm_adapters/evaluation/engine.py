@@ -187,7 +187,8 @@ class Engine:
         """The answers that have ended, whose groups are free again."""
         found: Ended = []
         used = list(self.owners)
-        for group, ended in zip(used, self.search.finished(torch.tensor(used)).tolist(), strict=True):
+        ended_ones = self.search.finished(torch.tensor(used, device=self.device)).tolist()
+        for group, ended in zip(used, ended_ones, strict=True):
             if ended:
                 found.append((self.owners.pop(group), self.search.answer(group)))
                 for slot in range(group * self.search.width, (group + 1) * self.search.width):
