@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # The bottleneck's tests hold what those of other methods need too: its variants, and the capability table.
@@ -13,6 +14,10 @@ from capabilities import pytest_addoption, pytest_configure  # noqa: F401
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors gain nothing from a second thread, and threads that wait for each other on a busy machine lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# hypothesis would fail an example that takes more than 0.2 s, as any does on a busy machine.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 SHARED = Path(os.environ.get("LLM_ADAPTERS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
