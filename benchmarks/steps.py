@@ -45,6 +45,7 @@ def step(spec: dict) -> dict:
     """One row: all that rows up to `spec["step"]` turn on."""
     import torch
     from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq
 
     from llm_adapters.tasks.prompts import Encoded
     from llm_adapters.training import Acceleration, Collator
@@ -62,6 +63,7 @@ def step(spec: dict) -> dict:
     at = NAMES.index(spec["step"])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.LEARNING_RATE)
+    collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
     times, tokens = [], []
     with contextlib.ExitStack() as stack:
         for name in NAMES[at + 1 :]:
@@ -77,9 +79,10 @@ def step(spec: dict) -> dict:
             labels = sum(label != -100 for e in chosen for label in e.labels[1:])
             if at == 0:
                 for few in (chosen[i : i + 4] for i in range(0, len(chosen), 4)):
-                    inputs, targets = padded(few, tokenizer.pad_token_id)
-                    share = (targets[:, 1:] != -100).sum() / labels
-                    (model(**inputs, labels=targets).loss * share).backward()
+                    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in few]
+                    inputs = collate([row | {"attention_mask": [1] * len(row["labels"])} for row in rows])
+                    share = (inputs["labels"][:, 1:] != -100).sum() / labels
+                    (model(**inputs).loss * share).backward()
             else:
                 for micro in collator.cut(chosen):
                     (model(**micro.arguments())["loss"] / labels).backward()
@@ -91,20 +94,6 @@ def step(spec: dict) -> dict:
         "tokens_per_second": sum(tokens[WARM_UP:]) / (times[-1] - times[WARM_UP]),
         "peak_memory": common.peak_memory(),
     }
-
-
-def padded(examples: list, pad: int) -> tuple[dict[str, Any], Any]:
-    """Inputs and labels, padded on the right to the longest."""
-    import torch
-
-    width = max(len(e.input_ids) for e in examples)
-    more = [width - len(e.input_ids) for e in examples]
-    pairs = list(zip(examples, more, strict=True))
-    inputs = {
-        "input_ids": torch.tensor([e.input_ids + [pad] * n for e, n in pairs]),
-        "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * n for e, n in pairs]),
-    }
-    return inputs, torch.tensor([e.labels + [-100] * n for e, n in pairs])
 
 
 def main() -> None:

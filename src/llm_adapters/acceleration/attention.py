@@ -3,8 +3,8 @@
 Two batched matrix products and a softmax over the segments, padded to the longest of them, with the shared prefix in
 front of each. On a CPU that is several times faster than its fused attention at the lengths of worked problems, and the
 backward pass is written out so that nothing but the probabilities is kept. Long segments are attended to in blocks of
-rows, each over what it may see, and their probabilities are computed again in the backward pass: memory grows with the
-length, and not with its square.
+rows, each over what it may see, and their probabilities are computed again in the backward pass: what a layer keeps
+grows with the length, and not with its square (the mask does, but there is one for all layers).
 """
 
 import functools

@@ -29,9 +29,8 @@ def dropped(count: int, p: float, device: torch.device | str = "cpu") -> torch.T
         pieces.append(found)
         start = int(found[-1]) + 1
     found = torch.cat(pieces)
-    many = int(torch.searchsorted(found, count))
-    # Cut after the conversion: memory in sizes that are the same in every step can be used again.
-    return (found.to(torch.int32) if count < 2**31 else found)[:many]
+    found = found[: int(torch.searchsorted(found, count))]
+    return found.to(torch.int32) if count < 2**31 else found
 
 
 def drop(values: torch.Tensor, indices: torch.Tensor, p: float) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The generation engine: continuous batching over the slots of one cache.
 
-The prefix that all prompts share is computed once. Every forward then computes a token of each answer in the making and
-the whole prompts of those that begin, in one row (see `llm_adapters.acceleration.pages`): an answer that ends makes
-room for the next question in the same moment.
+The prefix that all prompts share is computed once. Every forward then computes the next tokens of each answer in the
+making and the whole prompts of those that begin, in one row (see `llm_adapters.acceleration.pages`): an answer that
+ends makes room for the next question in the same moment.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -198,7 +198,7 @@ class Engine:
 
 @torch.inference_mode()
 def why_not(acceleration: Acceleration) -> str | None:
-    """Why the engine cannot be used; None where it can, which is tried: tokens by and by against the whole at once."""
+    """Why the engine cannot be used; None where it can, which is tried: some tokens by pieces against all at once."""
     if not acceleration.packs:
         return acceleration.report["packing"]
     sequences = probe_sequences(acceleration.base)
