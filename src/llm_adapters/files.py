@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one: temporary name, flush, rename."""
+"""Writing files so that a reader never meets half of one (temporary name, flush, rename), and where the cache is."""
 
 import contextlib
 import json
@@ -44,3 +44,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], document: Any) -> None:
     """Write `document` to `path` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def cache_folder(part: str) -> Path:
+    """Where `part` of what can be had again is kept: in ``$LLM_ADAPTERS_CACHE``, or the platform's cache folder."""
+    import pooch
+
+    return Path(os.environ.get("LLM_ADAPTERS_CACHE") or pooch.os_cache("llm-adapters")).expanduser() / part

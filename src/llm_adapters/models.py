@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from llm_adapters import checkpoints
 from llm_adapters.checkpoints import ADAPTER_CONFIG, first_line, quiet, read_json, some
 from llm_adapters.errors import RequestError, unknown
-from llm_adapters.sources import cache_folder, explained, resolve
+from llm_adapters.files import cache_folder
+from llm_adapters.sources import explained, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ class LoadedModel:
 
     def fingerprint(self) -> str:
         """SHA-256 of the base model's weights and config (see `checkpoints.fingerprint`)."""
-        return checkpoints.fingerprint(self.path, memory=cache_folder() / "fingerprints.json")
+        return checkpoints.fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
 
     def adapter_fingerprint(self) -> str | None:
         """SHA-256 of the adapter's weights and config, None for a bare base model."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_adapters.checkpoints import ADAPTER_CONFIG, file_digest, first_line, quiet
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.files import write_json
+from llm_adapters.files import cache_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +95,6 @@ def _shipped(known: KnownModel) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$LLM_ADAPTERS_CACHE/models``, or the platform's cache folder."""
-    import pooch
-
-    return Path(os.environ.get("LLM_ADAPTERS_CACHE") or pooch.os_cache("llm-adapters")).expanduser() / "models"
-
-
 def _converted(name: str, file: Path, config_only: bool) -> Path:
     """The GGUF `file` as a folder of safetensors in the cache, made on first use (half a minute).
 
@@ -111,7 +104,7 @@ def _converted(name: str, file: Path, config_only: bool) -> Path:
     import transformers
 
     digest = file_digest(file)
-    folder = cache_folder() / f"{name}-{digest[:16]}-transformers-{transformers.__version__}"
+    folder = cache_folder("models") / f"{name}-{digest[:16]}-transformers-{transformers.__version__}"
     if _is_whole(folder):
         return folder
     if config_only:

@@ -1,5 +1,6 @@
 """Fast paths change nothing: same loss, same gradients, and the model is as it was afterwards."""
 
+import copy
 import sys
 from contextlib import nullcontext
 
@@ -46,12 +47,13 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: str, method: st
     model = adapted(family, method).train()
     chosen = examples()
     plain = plain_loss(model, chosen)
-    expected = gradients(model, plain)
+    exact = copy.deepcopy(model).double()  # the plain gradients in float32 are up to 5e-6 from the truth themselves
+    expected = gradients(exact, plain_loss(exact, chosen))
     with Acceleration(model) as fast:
         loss = fast_loss(fast, chosen)
         found = gradients(model, loss)
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
-    assert_same(found, expected)
+    assert_same(found, {name: gradient.float() for name, gradient in expected.items()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llm_adapters.errors import RequestError, WorkError
+from llm_adapters.files import cache_folder
 from llm_adapters.tasks import download
 from llm_adapters.tasks.catalog import CATALOG, Task
 
@@ -182,7 +183,7 @@ def test_a_persons_own_file(tmp_path):
 def test_cache_folder_without_the_variable_is_the_platforms(monkeypatch):
     monkeypatch.delenv("LLM_ADAPTERS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    folder = download.cache_folder()
+    folder = cache_folder("data")
     assert folder.name == "data"
     assert "llm-adapters" in folder.parts
 

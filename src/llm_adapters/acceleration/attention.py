@@ -4,7 +4,7 @@ Two batched matrix products and a softmax over the segments, padded to the longe
 front of each. On a CPU that is several times faster than its fused attention at the lengths of worked problems, and the
 backward pass is written out so that nothing but the probabilities is kept. Long segments are attended to in blocks of
 rows, each over what it may see, and their probabilities are computed again in the backward pass: what a layer keeps
-grows with the length, and not with its square (the mask does, but there is one for all layers).
+grows with the length, and not with its square (without kernels the mask does, but there is one for all layers).
 """
 
 import functools
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import pages
-from llm_adapters.acceleration.packing import Band, Pack
+from llm_adapters.acceleration import kernels, pages
+from llm_adapters.acceleration.packing import Band, Pack, Visible
 
 NAME = "llm_adapters_packed"
 BLOCK = 512  # rows; a longer segment is cut into so many
@@ -128,7 +128,7 @@ def _prompts(
     for number, band in enumerate(pack.bands):
         places = step.once(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
         queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
-        found, _ = _attend(queries, _with_prefix(key, band), _with_prefix(value, band), band.bias(window, query.dtype))
+        found, _ = _attend(queries, _with_prefix(key, band), _with_prefix(value, band), band.visible(window))
         _back(found, band, out[band.start - pack.prefix : band.end - pack.prefix])
     out[pack.end - pack.prefix :] = 0
 
@@ -156,15 +156,15 @@ class _Packed(torch.autograd.Function):
         kept = []
         for band in pack.bands:
             queries = _segments(query, band, len(key)).mul_(scale)
-            bias = band.bias(window, query.dtype)
-            found, probabilities = _attend(queries, _with_prefix(key, band), _with_prefix(value, band), bias)
+            keys, values = _with_prefix(key, band), _with_prefix(value, band)
+            found, probabilities = _attend(queries, keys, values, band.visible(window))
             kept.append(probabilities)
             _back(found, band, out[band.start : band.end])
         out[pack.end :] = 0
         if pack.prefix:
             own = slice(0, pack.prefix)
-            queries, bias = _grouped(query[:, own], len(key)) * scale, pack.bias(window, query.dtype)
-            found, probabilities = _attend(queries, key[:, own], value[:, own], bias[None])
+            queries = _grouped(query[:, own], len(key)) * scale
+            found, probabilities = _attend(queries, key[:, own], value[:, own], pack.visible(window))
             kept.append(probabilities)
             out[own] = found.view(heads, pack.prefix, -1).transpose(0, 1)
         if any(ctx.needs_input_grad):
@@ -189,7 +189,7 @@ class _Packed(torch.autograd.Function):
                 _grouped(query[:, own], groups) * scale,
                 key[:, own],
                 value[:, own],
-                pack.bias(ctx.window, query.dtype)[None],
+                pack.visible(ctx.window),
                 kept[-1],
             )
             d_query[own] = dq.mul_(scale).view(len(query), prefix, -1).transpose(0, 1)
@@ -197,14 +197,14 @@ class _Packed(torch.autograd.Function):
             d_value[own] = dv.transpose(0, 1)
         for band, probabilities in zip(pack.bands, kept, strict=False):  # the prefix's stand last
             d_segments = _segments(grad, band, groups)
-            # What is padded is computed and dropped, and must have no gradient.
+            # What is padded is computed and dropped, and must have no gradient (a kernel's probabilities are zero there).
             d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, band.padding(len(query)), 0)
             dq, dk, dv = _backward(
                 d_segments,
                 _segments(query, band, groups).mul_(scale),
                 _with_prefix(key, band),
                 _with_prefix(value, band),
-                band.bias(ctx.window, query.dtype),
+                band.visible(ctx.window),
                 probabilities,
             )
             _back(dq.mul_(scale), band, d_query[band.start : band.end])
@@ -234,34 +234,50 @@ def _with_dropout(
     parts = []
     if pack.prefix:
         own = slice(0, pack.prefix)
-        bias = pack.bias(window, query.dtype)
-        first = attend(_grouped(query[:, own], len(key)), key[:, own], value[:, own], bias[None])
+        bias = pack.visible(window).bias(query.dtype)
+        first = attend(_grouped(query[:, own], len(key)), key[:, own], value[:, own], bias)
         parts.append(first.view(len(query), pack.prefix, -1).transpose(0, 1))
     for band in pack.bands:
-        queries, bias = _segments(query, band, len(key)), band.bias(window, query.dtype)
+        queries, bias = _segments(query, band, len(key)), band.visible(window).bias(query.dtype)
         found = attend(queries, _with_prefix(key, band), _with_prefix(value, band), bias)
         parts.append(_rows(found, band, len(query)).view(-1, len(query), found.shape[-1]))
     return torch.cat((*parts, parts[0].new_zeros(pack.tokens - pack.end, *parts[0].shape[1:])))
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Scaled query (batch, group * rows, width), key (batch, columns, width), bias (sequences, rows, columns)."""
+def _probabilities(query: torch.Tensor, key: torch.Tensor, visible: Visible, rows: slice) -> torch.Tensor:
+    """The softmax of the scores of some rows of all segments.
+
+    Args:
+        query: (segments * key-value heads, heads of each * rows, width), scaled.
+        key: (segments * key-value heads, columns, width), what these rows may see.
+        visible: what they see of it.
+        rows: which of the segments' rows they are.
+
+    Returns:
+        (segments * key-value heads, heads of each * rows, columns).
+    """
     scores = torch.bmm(query, key.transpose(1, 2))
-    scores.view(len(bias), -1, *bias.shape[1:]).add_(bias[:, None])  # sequences, heads, rows, columns
+    count, columns = rows.stop - rows.start, key.shape[1]
+    by_segment = scores.view(len(visible.lengths), -1, count, columns)
+    if kernel := kernels.of(scores):
+        shape = by_segment.shape
+        kernel.call("softmax", scores, visible.lengths, *shape, visible.prefix, rows.start, visible.window or 0)
+        return scores
+    by_segment.add_(visible.bias(scores.dtype)[:, None, rows, :columns])
     return torch.softmax(scores, -1)
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Visible
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``softmax(query key^T + bias) value``, as `_probabilities` takes them, and the probabilities if they are few."""
-    longest = bias.shape[1]
+    """``softmax(query key^T) value`` of what is visible, and the probabilities if they are few."""
+    longest = visible.longest
     if longest <= BLOCK:
-        probabilities = _probabilities(query, key, bias)
+        probabilities = _probabilities(query, key, visible, slice(0, longest))
         return torch.bmm(probabilities, value), probabilities
     out = query.new_empty(*query.shape[:2], value.shape[-1])
-    for rows, seen in _blocks(bias):
-        probabilities = _probabilities(_cut(query, rows, longest), key[:, seen], bias[:, rows, seen])
+    for rows, seen in _blocks(visible):
+        probabilities = _probabilities(_cut(query, rows, longest), key[:, seen], visible, rows)
         found = torch.bmm(probabilities, value[:, seen])
         out.unflatten(1, (-1, longest))[:, :, rows] = found.unflatten(1, (-1, rows.stop - rows.start))
     return out, None
@@ -272,17 +288,17 @@ def _backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    bias: torch.Tensor,
+    visible: Visible,
     probabilities: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `_attend`, whose results are its `probabilities`."""
     if probabilities is not None:
         return _gradients(grad, query, key, value, probabilities)
-    longest = bias.shape[1]
+    longest = visible.longest
     d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for rows, seen in _blocks(bias):
+    for rows, seen in _blocks(visible):
         asking, keys = _cut(query, rows, longest), key[:, seen]
-        again = _probabilities(asking, keys, bias[:, rows, seen])
+        again = _probabilities(asking, keys, visible, rows)
         dq, dk, dv = _gradients(_cut(grad, rows, longest), asking, keys, value[:, seen], again)
         d_query.unflatten(1, (-1, longest))[:, :, rows] = dq.unflatten(1, (-1, rows.stop - rows.start))
         d_key[:, seen] += dk
@@ -290,12 +306,11 @@ def _backward(
     return d_query, d_key, d_value
 
 
-def _blocks(bias: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _blocks(visible: Visible) -> Iterator[tuple[slice, slice]]:
     """Rows, and the columns that they may see: what stands before all rows, and the rows up to their own."""
-    longest, columns = bias.shape[1:]
-    for start in range(0, longest, BLOCK):
-        stop = min(start + BLOCK, longest)
-        yield slice(start, stop), slice(0, columns - longest + stop)
+    for start in range(0, visible.longest, BLOCK):
+        stop = min(start + BLOCK, visible.longest)
+        yield slice(start, stop), slice(0, visible.prefix + stop)
 
 
 def _cut(values: torch.Tensor, rows: slice, longest: int) -> torch.Tensor:
@@ -313,7 +328,11 @@ def _gradients(
     """
     d_value = torch.bmm(grad.transpose(1, 2).contiguous(), probabilities).transpose(1, 2)
     d_probabilities = torch.bmm(grad, value.transpose(1, 2))
-    d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
+    if kernel := kernels.of(probabilities):
+        d_scores = d_probabilities
+        kernel.call("softmax_backward", d_scores, probabilities, d_scores.shape[:2].numel(), d_scores.shape[2])
+    else:
+        d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
     d_key = torch.bmm(query.transpose(1, 2).contiguous(), d_scores).transpose(1, 2)
     return torch.bmm(d_scores, key), d_key.contiguous(), d_value.contiguous()
 

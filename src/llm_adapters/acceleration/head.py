@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.packing import rounded
 
 # Of logits at once, counted as float32: enough rows for the product to run at full speed, few enough to be no burden.
@@ -25,7 +26,8 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         # The same buffers for all chunks: fresh memory for so many logits costs more than their softmax.
         logits_buffer = hidden.new_empty(rows, len(weight))
-        exact_buffer = torch.empty(_ROWS, len(weight), dtype=torch.float32, device=hidden.device)
+        kernel = kernels.of(hidden)
+        exact_buffer = hidden.new_empty(0 if kernel else _ROWS, len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             count = len(targets[part])
@@ -33,8 +35,13 @@ class _HeadLoss(torch.autograd.Function):
             torch.mm(_filled(hidden[part]), weight.t(), out=logits)
             if bias is not None:
                 logits += bias
-            for few, target in zip(logits[:count].split(_ROWS), targets[part, None].split(_ROWS), strict=True):
-                total += _loss_to_gradient(few, target, exact_buffer[: len(few)])
+            if kernel:
+                losses = torch.empty(count)
+                kernel.call("cross_entropy", logits, targets[part], losses, count, len(weight))
+                total += losses.sum()
+            else:
+                for few, target in zip(logits[:count].split(_ROWS), targets[part, None].split(_ROWS), strict=True):
+                    total += _loss_to_gradient(few, target, exact_buffer[: len(few)])
             if gradient is not None:
                 logits[count:] = 0
                 gradient[part] = torch.mm(logits, weight)[:count]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llm_adapters.acceleration import dropout, weights
+from llm_adapters.acceleration import dropout, kernels, weights
 
 # --- LoRA
 
@@ -48,27 +48,27 @@ def _lora(
     """The layer's output for the rows `x`, and the tensors that `_lora_gradients` needs besides them."""
     # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
     a, b = (a / (1.0 - p)).to(x.dtype), (b * scale).to(x.dtype)
-    zeros = dropout.dropped(x.numel(), p, x.device) if p else None
-    middle = functional.linear(x if zeros is None else dropout.blank(x.clone(), zeros), a)
-    return functional.linear(x, weight, bias).addmm_(middle, b.t()), [weight, a, b, middle, zeros]
+    mask = dropout.drawn(x, p) if p else None
+    middle = functional.linear(x if mask is None else dropout.drop(x, mask, p), a)
+    return functional.linear(x, weight, bias).addmm_(middle, b.t()), [weight, a, b, middle, mask]
 
 
 def _lora_gradients(
     grad: torch.Tensor, x: torch.Tensor, kept: Any, scale: float, p: float, wanted: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The gradients of the rows `x` (if `wanted`), of A and of B; `kept` as `_lora` gives it."""
-    weight, a, b, middle, zeros = kept
+    weight, a, b, middle, mask = kept
     d_middle = grad @ b
-    seen = x if zeros is None else dropout.blank(x.clone(), zeros)
+    seen = x if mask is None else dropout.drop(x, mask, p)
     d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - p)
     d_b = (grad.t() @ middle).to(torch.float32).mul_(scale)
     if not wanted:
         return None, d_a, d_b
     d_x = grad @ weight
-    if zeros is None:
+    if mask is None:
         d_x.addmm_(d_middle, a)
     else:
-        d_x += dropout.blank(d_middle @ a, zeros)
+        dropout.add(d_x, d_middle @ a, mask, p)
     return d_x, d_a, d_b
 
 
@@ -142,7 +142,7 @@ def frozen_lora(layer: Any, merged: bool, packed: bool) -> Any:
 def bottleneck_delta(layer: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:
     """`BottleneckLayer.delta` in the precision of `hidden`, where the layer's own is in that of the adapter."""
     dropped = layer.options[name].bottleneck_dropout if layer.training else 0.0
-    h = SparseDropout.apply(hidden, dropped) if dropped else hidden
+    h = CheapDropout.apply(hidden, dropped) if dropped else hidden
     down, up = _bottleneck(layer, name, hidden.dtype)
     return functional.linear(layer.activations[name](functional.linear(h, *down)), *up)
 
@@ -170,22 +170,22 @@ def _bottleneck(layer: Any, name: str, kind: torch.dtype) -> tuple[tuple[Any, An
     )
 
 
-class SparseDropout(torch.autograd.Function):
-    """Dropout that keeps the indices of what it dropped (see `dropout.dropped`)."""
+class CheapDropout(torch.autograd.Function):
+    """Dropout as `dropout` draws it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
         """`x`, any shape, with each entry dropped with probability `p`."""
-        zeros = dropout.dropped(x.numel(), p, x.device)
-        ctx.save_for_backward(zeros)
+        mask = dropout.drawn(x, p)
+        ctx.save_for_backward(mask)
         ctx.p = p
-        return dropout.drop(x.contiguous(), zeros, p)
+        return dropout.drop(x.contiguous(), mask, p, 1.0 / (1.0 - p))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """The same entries of the gradient."""
-        (zeros,) = ctx.saved_tensors
-        return dropout.drop(gradients[0].contiguous(), zeros, ctx.p), None
+        (mask,) = ctx.saved_tensors
+        return dropout.drop(gradients[0].contiguous(), mask, ctx.p, 1.0 / (1.0 - ctx.p)), None
 
 
 # --- norms
@@ -196,16 +196,27 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        if kernel := kernels.of(x):
+            x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+            inverse = torch.empty(*x.shape[:-1], 1)
+            kernel.call("rms_norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], eps)
+        else:
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            out = (x * inverse).to(x.dtype).mul_(weight)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
         (grad,) = gradients
+        if kernel := kernels.of(x):
+            out = torch.empty_like(x)
+            parts = grad.contiguous(), x, weight, inverse, out
+            kernel.call("rms_norm_backward", *parts, inverse.numel(), x.shape[-1])
+            return out, None, None
         # With r = 1 / rms(x): r * (g w - x r^2 mean(g w x)). That is a layer norm's gradient for a mean of 0, which
         # torch has as one function, but for r * mean(g w), which a layer norm takes away.
         none, wanted = torch.zeros_like(inverse), [True, False, False]
@@ -246,6 +257,26 @@ def rms_forward(own: Any, weight: torch.Tensor, eps: float, x: torch.Tensor) -> 
 # --- gated MLPs
 
 
+def _silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``."""
+    if kernel := kernels.of(gate):
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        kernel.call("silu_gate", gate, up, out, gate.numel())
+        return out
+    return functional.silu(gate).mul_(up)
+
+
+def _silu_gate_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `_silu_gate`'s factors."""
+    if kernel := kernels.of(gate):
+        grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        kernel.call("silu_gate_backward", grad, gate, up, d_gate, d_up, gate.numel())
+        return d_gate, d_up
+    return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
+
+
 class _SiluGate(torch.autograd.Function):
     """``silu(gate) * up``; keeps the two factors and neither the activation nor the product."""
 
@@ -253,15 +284,11 @@ class _SiluGate(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        return _silu_gate(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        grad = gradients[0]
-        d_up = functional.silu(gate).mul_(grad) if ctx.needs_input_grad[1] else None
-        d_gate = torch.ops.aten.silu_backward(grad * up, gate) if ctx.needs_input_grad[0] else None
-        return d_gate, d_up
+        return _silu_gate_gradients(gradients[0], *ctx.saved_tensors)
 
 
 class _SiluGateLora(torch.autograd.Function):
@@ -270,7 +297,7 @@ class _SiluGateLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, *parts: Any) -> torch.Tensor:
         """`parts`: as `_lora` takes them."""
-        out, kept = _lora(functional.silu(gate).mul_(up).reshape(-1, gate.shape[-1]), *parts)
+        out, kept = _lora(_silu_gate(gate, up).reshape(-1, gate.shape[-1]), *parts)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(gate, up, *kept)
             ctx.constants = parts[-2:]
@@ -280,13 +307,10 @@ class _SiluGateLora(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gate, up, *kept = ctx.saved_tensors
         grad, flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gradients[0], gate, up))
-        active = functional.silu(flat_gate)
-        scale, p = ctx.constants
-        d_x, d_a, d_b = _lora_gradients(grad, active * flat_up, kept, scale, p, True)
-        d_gate = None
-        if ctx.needs_input_grad[0]:
-            d_gate = torch.ops.aten.silu_backward(flat_up * d_x, flat_gate).view_as(gate)
-        return d_gate, active.mul_(d_x).view_as(up), None, None, d_a, d_b, None, None
+        d_x, d_a, d_b = _lora_gradients(grad, _silu_gate(flat_gate, flat_up), kept, *ctx.constants, True)
+        assert d_x is not None
+        d_gate, d_up = _silu_gate_gradients(d_x, flat_gate, flat_up)
+        return d_gate.view_as(gate), d_up.view_as(up), None, None, d_a, d_b, None, None
 
 
 def is_silu_mlp(module: nn.Module) -> bool:

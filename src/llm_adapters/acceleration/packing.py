@@ -100,14 +100,10 @@ class Pack(Once):
 
         return self.once("bands", make)
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores of the shared prefix, (prefix, prefix): see `Band.bias`."""
-
-        def make() -> torch.Tensor:
-            positions = torch.arange(self.prefix, device=self.input_ids.device)
-            return additive(causal(positions, positions, window), dtype)
-
-        return self.once(("bias", window, dtype), make)
+    def visible(self, window: int | None) -> "Visible":
+        """What the tokens of the shared prefix see, as of one segment."""
+        lengths = torch.tensor([self.prefix], device=self.input_ids.device)
+        return self.once(("visible", window), lambda: Visible(lengths, 0, self.prefix, window))
 
 
 @dataclass
@@ -185,29 +181,43 @@ class Band(Once):
 
         return self.once(("back", heads, before), make)
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores: 0 where a token may look, else a very negative number.
+    def visible(self, window: int | None) -> "Visible":
+        """What its tokens see. With a `window`, themselves and the ``window - 1`` tokens before; None: all before."""
+        return self.once(("visible", window), lambda: Visible(self._lengths(), self.prefix, self.longest, window))
 
-        Args:
-            window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
-            dtype: of the scores.
+    def _lengths(self) -> torch.Tensor:
+        return torch.tensor(self.lengths, device=self.device)
 
-        Returns:
-            (segments, longest, prefix + longest), where the columns are the prefix and then the segment's own tokens.
-        """
+
+@dataclass
+class Visible(Once):
+    """What the rows of padded segments see, whose columns are the shared prefix and then the segment's own tokens.
+
+    Attributes:
+        lengths: (segments,), int64: tokens of each.
+        prefix: tokens of the shared prefix.
+        longest: to so many tokens each segment is padded.
+        window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
+    """
+
+    lengths: torch.Tensor
+    prefix: int
+    longest: int
+    window: int | None
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores, (segments, longest, prefix + longest): 0 where a token may look."""
 
         def make() -> torch.Tensor:
-            positions = torch.arange(self.prefix + self.longest, device=self.device)
-            real = torch.arange(self.longest, device=self.device) < self._lengths()[:, None]
-            seen = causal(positions[self.prefix :], positions, window).expand(len(self.lengths), -1, -1).clone()
+            device = self.lengths.device
+            positions = torch.arange(self.prefix + self.longest, device=device)
+            real = torch.arange(self.longest, device=device) < self.lengths[:, None]
+            seen = causal(positions[self.prefix :], positions, self.window).expand(len(real), -1, -1).clone()
             seen[:, :, self.prefix :] &= real[:, None, :]
             seen[:, :, self.prefix] |= ~real  # a padded place sees something, so that its softmax is a number
             return additive(seen, dtype)
 
-        return self.once(("bias", window, dtype), make)
-
-    def _lengths(self) -> torch.Tensor:
-        return torch.tensor(self.lengths, device=self.device)
+        return self.once(("bias", dtype), make)
 
 
 def _alike(lengths: Sequence[int]) -> bool:

@@ -6,7 +6,8 @@ apart. Keys and values go into the cache here, and the model needs no cache of i
 
 A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
 2023, section 4). Attention multiplies all pages in use at once, where they lie: two batched products, whatever the
-lengths. The prefix that all prompts share is kept once, and is one product for all.
+lengths. The prefix that all prompts share is kept once, and is one product for all. On a CPU with kernels, each answer is
+attended to on its own instead, which reads its pages once and writes nothing but the result.
 """
 
 import heapq
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.packing import Once, Pack, additive, rounded
 
 PAGE = 64
@@ -229,7 +231,11 @@ def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> Non
         return
     pages, columns = step.places()
     for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):
-        whole[pages, :, columns] = part.transpose(0, 1)
+        rows = part.transpose(0, 1)
+        if kernel := kernels.of(part):
+            kernel.call("store", rows.contiguous(), whole, pages, columns, whole.shape[2], *rows.shape)
+        else:
+            whole[pages, :, columns] = rows
 
 
 def decode(
@@ -250,6 +256,15 @@ def decode(
     """
     count, beside = decoded.at.shape
     heads, _, width = query.shape
+    keys, values = cache.layer(layer, query, query)
+    if (kernel := kernels.of(query)) and values.shape[-1] == width:
+        learned = cache.prefix_of(layer) or (None, None)
+        rows = query.transpose(0, 1).contiguous()
+        out = torch.empty_like(rows)
+        sizes = count, beside, heads, keys.shape[1], width, keys.shape[2], cache.prefix, cache.table.shape[1]
+        asked = cache.table, decoded.slots, decoded.at.contiguous()
+        kernel.call("decode", rows, keys, values, *learned, *asked, out, *sizes, float(scale), window or 0)
+        return out
     chosen, owner, rank, pages = decoded.seen(cache)
     keys, values = (
         part[: cache.top] if chosen is None else part.index_select(0, chosen)

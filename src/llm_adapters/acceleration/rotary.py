@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.acceleration import kernels
+
 FUNCTION = "apply_rotary_pos_emb"
 
 
@@ -19,6 +21,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
+        if (out := _turned(x, cos, sin, False)) is not None:
+            return out
         out = x * cos
         half = x.shape[-1] // 2
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -29,11 +33,25 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         grad = gradients[0]
+        if (out := _turned(grad, cos, sin, True)) is not None:
+            return out, None, None
         out = grad * cos
         half = grad.shape[-1] // 2
         out[..., :half].addcmul_(grad[..., half:], sin[..., half:])
         out[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
         return out, None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor | None:
+    """The same by a kernel; None where there is none, or `x` does not lie as projections leave it."""
+    kernel, rows = kernels.of(x), x.transpose(1, 2)  # batch, tokens, heads, width
+    batch, tokens, heads, width = rows.shape
+    once = cos.shape == (batch, 1, tokens, width) and cos.is_contiguous() and sin.is_contiguous()
+    if kernel is None or cos.dtype != x.dtype or not once or not rows.is_contiguous():
+        return None
+    out = torch.empty_like(rows)
+    kernel.call("rotate", rows, cos, sin, out, batch * tokens, heads, width, int(back))
+    return out.transpose(1, 2)
 
 
 def rotate_halves(

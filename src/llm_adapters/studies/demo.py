@@ -102,10 +102,10 @@ def tiny_model() -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from llm_adapters.sources import cache_folder
+    from llm_adapters.files import cache_folder
     from llm_adapters.tasks import wordproblems
 
-    folder = cache_folder() / "tiny-random-llama"
+    folder = cache_folder("models") / "tiny-random-llama"
     if (folder / "done").exists():
         return folder
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.files import atomic
+from llm_adapters.files import atomic, cache_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
     from llm_adapters.tasks.catalog import Task
 
 MIRROR = "LLM_ADAPTERS_MIRROR"
-CACHE = "LLM_ADAPTERS_CACHE"
-
-
-def cache_folder() -> Path:
-    """The folder that data sets are kept in: ``$LLM_ADAPTERS_CACHE/data``, or the platform's cache folder."""
-    import pooch
-
-    return Path(os.environ.get(CACHE) or pooch.os_cache("llm-adapters")).expanduser() / "data"
 
 
 def mirror_folder() -> Path | None:
@@ -67,7 +59,7 @@ def present(task: "Task") -> Path | None:
     mirror = mirror_folder()
     if mirror and (mirror / task.local).is_file():
         return verify(task, mirror / task.local, f"Restore the file in the mirror, or unset {MIRROR}.")
-    cached = cache_folder() / task.local
+    cached = cache_folder("data") / task.local
     if cached.is_file():
         return verify(task, cached, f"To replace it, run: llm-adapters data fetch {task.name}")
     return None
@@ -94,7 +86,7 @@ def download(task: "Task", bar: "_Bar | None" = None) -> Path:
     import pooch
     import requests
 
-    target = cache_folder() / task.local
+    target = cache_folder("data") / task.local
     content = io.BytesIO()
     try:
         pooch.HTTPDownloader(progressbar=bar or False, chunk_size=1 << 16)(task.url, content, None)
@@ -115,7 +107,9 @@ def download(task: "Task", bar: "_Bar | None" = None) -> Path:
             stream.write(content.getbuffer())
     except OSError as error:
         reason = error.strerror or error
-        raise WorkError(f"cannot write {target} ({reason}). Set {CACHE} to a folder with room for it.") from None
+        raise WorkError(
+            f"cannot write {target} ({reason}). Set LLM_ADAPTERS_CACHE to a folder with room for it."
+        ) from None
     return target
 
 

@@ -1,0 +1,121 @@
+"""The functions of kernels.c: what torch does in several passes over memory, in one, on a CPU.
+
+They are compiled by the machine's own C compiler when they are first wanted (a second or two for each precision) and
+kept in the cache. Where there is none, `of` says so and everything is done with torch's functions, in more time.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_adapters.errors import WorkError
+from llm_adapters.files import cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_WIDE = ("-mprefer-vector-width=512",)  # compilers think of the clock of older processors
+_PRECISIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+
+off = False  # for tests and benchmarks: do without them
+_loaded: dict[torch.dtype, "Kernels | str"] = {}
+
+
+class Kernels:
+    """The compiled functions for one precision; every tensor is of it, on the CPU, and in one piece, unless told.
+
+    Args:
+        library: the loaded library.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call the C function: tensors by address (None: no address), ints as 64 bits, floats as 32."""
+        getattr(self._library, name)(*map(_converted, arguments))
+
+
+def _converted(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        if not argument.is_contiguous():
+            raise ValueError(f"a tensor of shape {tuple(argument.shape)} is not in one piece")
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return None if argument is None else ctypes.c_int64(argument)
+
+
+def of(x: torch.Tensor) -> Kernels | None:
+    """The kernels for `x`; None where torch's functions are to be used."""
+    if off or x.device.type != "cpu":
+        return None
+    found = _loaded.get(x.dtype) or _load(x.dtype)
+    return found if isinstance(found, Kernels) else None
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why there are no kernels for this precision on the CPU; None where there are."""
+    if off:
+        return "turned off"
+    found = _loaded.get(dtype) or _load(dtype)
+    return found if isinstance(found, str) else None
+
+
+def _load(dtype: torch.dtype) -> Kernels | str:
+    try:
+        _loaded[dtype] = Kernels(ctypes.CDLL(str(_compiled(dtype))))
+    except (OSError, WorkError) as error:
+        _loaded[dtype] = str(error)
+    return _loaded[dtype]
+
+
+def _compiled(dtype: torch.dtype) -> Path:
+    """The library for this precision, from the cache, or compiled now.
+
+    Raises:
+        WorkError: it cannot be had here.
+    """
+    if dtype not in _PRECISIONS:
+        raise WorkError(f"there are none for {str(dtype).removeprefix('torch.')}")
+    if not sys.platform.startswith("linux"):
+        raise WorkError("they are for Linux only")
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise WorkError("there is no C compiler (cc, gcc or clang)")
+    flags = [*_FLAGS, *(_WIDE if platform.machine() == "x86_64" else ()), *_PRECISIONS[dtype]]
+    # A cache may be shared by machines, and what is compiled for one processor does not run on another.
+    parts = SOURCE.read_text("utf-8"), os.path.realpath(compiler), *flags, _processor()
+    path = cache_folder("kernels") / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            # Linked without OpenMP, so that the one that torch has loaded is used, and not a second one beside it.
+            _run([compiler, *flags, "-c", str(SOURCE), "-o", f"{folder}/kernels.o"])
+            _run([compiler, "-shared", f"{folder}/kernels.o", "-o", f"{folder}/kernels.so"])
+            os.replace(f"{folder}/kernels.so", path)
+    return path
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        raise WorkError("the C compiler took more than two minutes") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise WorkError(f"the C compiler failed: {lines[0]}")
+
+
+def _processor() -> str:
+    """What the kernel says that the processor can do."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
