@@ -47,8 +47,10 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: str, method: st
     model = adapted(family, method).train()
     chosen = examples()
     plain = plain_loss(model, chosen)
-    exact = copy.deepcopy(model).double()  # the plain gradients in float32 are up to 5e-6 from the truth themselves
-    expected = gradients(exact, plain_loss(exact, chosen))
+    expected = gradients(model, plain)
+    if "moe" not in family:  # whose experts torch multiplies in no more than float32
+        exact = copy.deepcopy(model).double()  # float32's own gradients are up to 5e-6 from the truth
+        expected = gradients(exact, plain_loss(exact, chosen))
     with Acceleration(model) as fast:
         loss = fast_loss(fast, chosen)
         found = gradients(model, loss)

@@ -197,7 +197,7 @@ class _Packed(torch.autograd.Function):
             d_value[own] = dv.transpose(0, 1)
         for band, probabilities in zip(pack.bands, kept, strict=False):  # the prefix's stand last
             d_segments = _segments(grad, band, groups)
-            # What is padded is computed and dropped, and must have no gradient (a kernel's probabilities are zero there).
+            # What is padded is computed and dropped, and must have no gradient.
             d_segments.view(-1, d_segments.shape[-1]).index_fill_(0, band.padding(len(query)), 0)
             dq, dk, dv = _backward(
                 d_segments,

@@ -110,17 +110,15 @@ void silu_gate_backward(const T *grad, const T *gate, const T *up, T *d_gate, T 
     }
 }
 
-// Whether entry i is kept: a keyed hash of i, twice the last mixing step of MurmurHash3, below a threshold or not.
-static inline uint32_t mixed(uint32_t h) {
+// Whether entry i is kept: a hash of i, MurmurHash3's last mixing step with a seed before and within it, against p.
+static inline int kept(uint32_t i, uint64_t seed, uint32_t threshold) {
+    uint32_t h = i + (uint32_t)seed;
     h ^= h >> 16;
     h *= 0x85ebca6b;
+    h ^= (uint32_t)(seed >> 32);
     h ^= h >> 13;
     h *= 0xc2b2ae35;
-    return h ^ (h >> 16);
-}
-
-static inline int kept(uint32_t i, uint64_t seed, uint32_t threshold) {
-    return mixed(mixed(i + (uint32_t)seed) ^ (uint32_t)(seed >> 32)) >= threshold;
+    return (h ^ (h >> 16)) >= threshold;
 }
 
 void drop(const T *x, T *out, Int count, uint64_t seed, uint32_t threshold, float scale) {

@@ -307,7 +307,8 @@ class _SiluGateLora(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gate, up, *kept = ctx.saved_tensors
         grad, flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gradients[0], gate, up))
-        d_x, d_a, d_b = _lora_gradients(grad, _silu_gate(flat_gate, flat_up), kept, *ctx.constants, True)
+        scale, p = ctx.constants
+        d_x, d_a, d_b = _lora_gradients(grad, _silu_gate(flat_gate, flat_up), kept, scale, p, True)
         assert d_x is not None
         d_gate, d_up = _silu_gate_gradients(d_x, flat_gate, flat_up)
         return d_gate.view_as(gate), d_up.view_as(up), None, None, d_a, d_b, None, None

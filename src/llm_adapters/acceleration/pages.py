@@ -6,8 +6,8 @@ apart. Keys and values go into the cache here, and the model needs no cache of i
 
 A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
 2023, section 4). Attention multiplies all pages in use at once, where they lie: two batched products, whatever the
-lengths. The prefix that all prompts share is kept once, and is one product for all. On a CPU with kernels, each answer is
-attended to on its own instead, which reads its pages once and writes nothing but the result.
+lengths. The prefix that all prompts share is kept once, and is one product for all. On a CPU with kernels, the attention
+of each answer reads its pages once instead, and writes nothing but the result.
 """
 
 import heapq
