@@ -8,8 +8,8 @@ from torch import nn
 from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.packing import rounded
 
-# Of logits at once, counted as float32: enough rows for the product to run at full speed, few enough to be no burden.
-CHUNK_BYTES = 48 * 2**20
+# Of logits at once: enough rows for the product to run at full speed, and memory that the C library keeps (32 MiB).
+CHUNK_BYTES = 31 * 2**20
 _ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`), and so many are float32 at a time
 
 
@@ -21,7 +21,9 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
-        rows = rounded(max(1, min(len(hidden), CHUNK_BYTES // (4 * len(weight)))), _ROWS)
+        most = max(_ROWS, CHUNK_BYTES // (weight.element_size() * len(weight)) // _ROWS * _ROWS)
+        # Equal shares, as the product of a small rest is slow.
+        rows = rounded(-(-len(hidden) // max(1, -(-len(hidden) // most))), _ROWS)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         # The same buffers for all chunks: fresh memory for so many logits costs more than their softmax.

@@ -122,7 +122,10 @@ static inline int kept(uint32_t i, uint64_t seed, uint32_t threshold) {
 }
 
 void drop(const T *x, T *out, Int count, uint64_t seed, uint32_t threshold, float scale) {
-    EACH(count) out[i] = kept((uint32_t)i, seed, threshold) ? put(get(x[i]) * scale) : 0;
+    if (scale == 1.0f)
+        EACH(count) out[i] = kept((uint32_t)i, seed, threshold) ? x[i] : 0;
+    else
+        EACH(count) out[i] = kept((uint32_t)i, seed, threshold) ? put(get(x[i]) * scale) : 0;
 }
 
 void add_dropped(T *out, const T *x, Int count, uint64_t seed, uint32_t threshold) {

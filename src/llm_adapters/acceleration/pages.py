@@ -6,7 +6,7 @@ apart. Keys and values go into the cache here, and the model needs no cache of i
 
 A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
 2023, section 4). Attention multiplies all pages in use at once, where they lie: two batched products, whatever the
-lengths. The prefix that all prompts share is kept once, and is one product for all. On a CPU with kernels, the attention
+lengths. The prefix that all prompts share is kept once, and is one product for all. With kernels (CPU), the attention
 of each answer reads its pages once instead, and writes nothing but the result.
 """
 
