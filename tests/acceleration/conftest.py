@@ -1,4 +1,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
+from llm_adapters.acceleration import kernels
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds with the compiled functions, and with torch's in their place."""
+    monkeypatch.setattr(kernels, "off", request.param == "torch")
+    return request.param

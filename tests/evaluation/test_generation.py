@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, POSITIONS, VOCAB, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
+from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.pages import PAGE, PagedCache
 from llm_adapters.bottleneck import BottleneckConfig
 from llm_adapters.errors import RequestError, WorkError
@@ -21,6 +22,14 @@ from llm_adapters.evaluation.generation import (
     context_limit,
     generate,
 )
+
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def functions(request, monkeypatch):
+    """Everything holds with the compiled functions, and with torch's in their place."""
+    monkeypatch.setattr(kernels, "off", request.param == "torch")
+
 
 NEW = 8
 LENGTHS = (5, 17, 33, 9, 1, 26, 26, 40, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, layers, rotary, weights
+from llm_adapters.acceleration import attention, head, kernels, layers, rotary, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.pages import Step
@@ -82,6 +82,7 @@ class Acceleration:
             return
         if self.base.device.type == "cpu":
             self.report["kept memory"] = ON if keep_memory() else "the C library has no mallopt"
+            self.report["kernels"] = kernels.why_not(self.base.dtype) or ON
         if self.frozen:
             reason = weights.why_not_packed(self.base)
             self._packed, self.report["weights in blocks"] = reason is None, reason or ON
