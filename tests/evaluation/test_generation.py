@@ -66,6 +66,48 @@ def trained(model, config, seed=3):
     return adapted.eval()
 
 
+@pytest.mark.parametrize("insertion", ["lora", "series"])
+def test_every_prompt_is_answered_by_its_adapter(insertion):
+    config = (
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        if insertion == "lora"
+        else BottleneckConfig(insertion=insertion, placement=("mlp",), bottleneck_size=4)
+    )
+    model = trained(tiny_model("llama"), config)
+    model.add_adapter("other", copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    prompts = make_prompts()
+    names = [("default", "other", "__base__")[index % 3] for index in range(len(prompts))]
+    expected = {}
+    for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected[index] = reference(model, prompt)
+        else:
+            model.set_adapter(name)
+            expected[index] = reference(model, prompt)
+    model.set_adapter("default")
+    found = run(model, prompts, adapter_names=names)
+    assert {index: answer.tokens for index, answer in found.items()} == expected
+    assert len({expected[i] for i in range(len(prompts))}) > 1
+    assert model.active_adapters == ["default"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+
+
+def test_adapter_names_are_checked():
+    model = trained(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(RequestError, match="2 adapter_names for 9 prompts"):
+        run(model, make_prompts(), adapter_names=["default"] * 2)
+    with pytest.raises(RequestError, match="unknown adapter 'mine': choose one of __base__, default"):
+        run(model, make_prompts(), adapter_names=["mine"] * 9)
+    with pytest.raises(RequestError, match="unknown adapter 'default'"):
+        run(tiny_model("llama"), make_prompts(), adapter_names=["default"] * 9)
+
+
 PROMPT_LEARNING = {
     "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),

@@ -38,6 +38,8 @@ class _HeadLoss(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             if kernel:
+                if int(targets[part].max()) >= len(weight):
+                    raise IndexError(f"label {int(targets[part].max())} of a vocabulary of {len(weight)}")
                 losses = torch.empty(count)
                 kernel.call("cross_entropy", logits, targets[part], losses, count, len(weight))
                 total += losses.sum()

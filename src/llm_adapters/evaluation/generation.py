@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.errors import RequestError
+from llm_adapters.errors import RequestError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NO_ADAPTER = "__base__"  # PEFT's name for it
 LARGEST_BATCH = 256
 LARGEST_PADDED_BATCH = {"cpu": 32, "other": 64}
 
@@ -215,11 +216,38 @@ def generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
+    adapter_names: Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, Generation]]:
-    """`Generator.generate` with a `Generator` for this once; `options` are its."""
-    with Generator(model, tokenizer, **options) as generator:
-        yield from generator.generate(prompts)
+    """`Generator.generate` with a `Generator` for this once; `options` are its.
+
+    Args:
+        model: a transformers model or a `PeftModel`.
+        tokenizer: the model's.
+        prompts: token ids.
+        adapter_names: for each prompt the adapter of a `PeftModel` that answers it, ``"__base__"`` for none of them.
+            The prompts of an adapter are computed together, one adapter after the other: that keeps LoRA merged and
+            their common prefix shared, which a mixed batch could not.
+        options: as of `Generator`.
+
+    Raises:
+        RequestError: a name that the model does not have, or not one for each prompt; and as `Generator.generate`.
+    """
+    if adapter_names is None:
+        with Generator(model, tokenizer, **options) as generator:
+            yield from generator.generate(prompts)
+        return
+    known = [*getattr(model, "peft_config", ()), NO_ADAPTER]
+    if len(adapter_names) != len(prompts):
+        raise RequestError(f"{len(adapter_names)} adapter_names for {len(prompts)} prompts: give one for each.")
+    for name in dict.fromkeys(adapter_names):
+        if name not in known:
+            raise unknown("adapter", name, known)
+    for name in dict.fromkeys(adapter_names):
+        asked = [index for index, other in enumerate(adapter_names) if other == name]
+        with _answering(model, name), Generator(model, tokenizer, **options) as generator:
+            for at, generation in generator.generate([prompts[index] for index in asked]):
+                yield asked[at], generation
 
 
 def check_prompts(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> set[int]:
@@ -302,6 +330,26 @@ def _evaluating(model: Any) -> Iterator[None]:
         base.generation_config = wishes
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _answering(model: Any, name: str) -> Iterator[None]:
+    """With the adapter `name` alone, or with none; afterwards as it was."""
+    if name == NO_ADAPTER:
+        with model.disable_adapter() if hasattr(model, "peft_config") else contextlib.nullcontext():
+            yield
+        return
+    before, trained = list(model.active_adapters), [p for p in model.parameters() if p.requires_grad]
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before[0])
+        if len(before) > 1:
+            model.base_model.set_adapter(before)
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _out_of_memory(error: Exception) -> bool:
