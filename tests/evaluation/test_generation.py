@@ -24,7 +24,6 @@ from llm_adapters.evaluation.generation import (
 )
 
 
-
 @pytest.fixture(params=["kernels", "torch"], autouse=True)
 def functions(request, monkeypatch):
     """Everything holds with the compiled functions, and with torch's in their place."""

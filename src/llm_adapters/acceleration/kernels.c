@@ -75,17 +75,21 @@ void rms_norm(const T *x, const T *weight, T *out, float *inverse, Int rows, Int
     }
 }
 
-void rms_norm_backward(const T *grad, const T *x, const T *weight, const float *inverse, T *out, Int rows, Int width) {
+// From the norm's result, which the next layer keeps anyway, and not from x.
+void rms_norm_backward(const T *grad, const T *result, const T *weight, const float *inverse, T *out, Int rows,
+                       Int width) {
 #pragma omp parallel for schedule(static)
     for (Int row = 0; row < rows; row++) {
-        const T *g = grad + row * width, *from = x + row * width;
+        const T *g = grad + row * width, *from = result + row * width;
         float along = 0, factor = inverse[row];
 #pragma omp simd reduction(+ : along)
-        for (Int i = 0; i < width; i++) along += get(g[i]) * get(weight[i]) * get(from[i]);
-        along *= factor * factor / width;
+        for (Int i = 0; i < width; i++) along += get(g[i]) * get(from[i]);
+        along /= width;
 #pragma omp simd
-        for (Int i = 0; i < width; i++)
-            out[row * width + i] = put(factor * (get(g[i]) * get(weight[i]) - get(from[i]) * along));
+        for (Int i = 0; i < width; i++) {
+            float w = get(weight[i]);
+            out[row * width + i] = put(factor * (get(g[i]) * w - get(from[i]) / w * along));
+        }
     }
 }
 

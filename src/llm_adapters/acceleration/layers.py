@@ -192,7 +192,10 @@ class CheapDropout(torch.autograd.Function):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """``w * x / rms(x)`` over the last dimension, w frozen."""
+    """``w * x / rms(x)`` over the last dimension, w frozen and nowhere 0.
+
+    The kernel's gradient needs the result, which the layers that read it keep too, and not x, which nobody else does.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -205,12 +208,12 @@ class _RmsNorm(torch.autograd.Function):
             inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             out = (x * inverse).to(x.dtype).mul_(weight)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, weight, inverse)
+            ctx.save_for_backward(out if kernel else x, weight, inverse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        x, weight, inverse = ctx.saved_tensors
+        x, weight, inverse = ctx.saved_tensors  # with a kernel, not x but the result
         (grad,) = gradients
         if kernel := kernels.of(x):
             out = torch.empty_like(x)
@@ -242,6 +245,8 @@ def rms_parts(module: nn.Module) -> tuple[torch.Tensor, float] | None:
         except Exception:  # a module that takes something else is simply not this one
             return None
         for candidate in (weight, weight + 1):  # gemma keeps the weight's distance from 1
+            if not candidate.all():
+                continue  # its gradient cannot be had from its result
             if expected.shape == x.shape and _close(_RmsNorm.apply(x, candidate, eps), expected):
                 return candidate, eps
     return None
