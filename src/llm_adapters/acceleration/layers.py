@@ -147,13 +147,14 @@ def bottleneck_delta(layer: Any, name: str, hidden: torch.Tensor) -> torch.Tenso
     return functional.linear(layer.activations[name](functional.linear(h, *down)), *up)
 
 
-def frozen_delta(layer: Any, kept: dict[Any, Any], name: str, hidden: torch.Tensor) -> torch.Tensor:
-    """`bottleneck_delta` in eval mode, with weights that stay as they are: cast once, into `kept`."""
+def frozen_delta(layer: Any, kept: dict[Any, Any], packed: bool, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """`bottleneck_delta` in eval mode, with weights that stay as they are: cast (and `packed`) once, into `kept`."""
     key = name, hidden.dtype
     if key not in kept:
-        kept[key] = _bottleneck(layer, *key)
+        blocks = packed and hidden.dtype == torch.bfloat16
+        kept[key] = [weights.linear(*part, blocks) for part in _bottleneck(layer, *key)]
     down, up = kept[key]
-    return functional.linear(layer.activations[name](functional.linear(hidden, *down)), *up)
+    return up(layer.activations[name](down(hidden)))
 
 
 def _bottleneck(layer: Any, name: str, kind: torch.dtype) -> tuple[tuple[Any, Any], tuple[Any, Any]]:

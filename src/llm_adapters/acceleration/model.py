@@ -148,7 +148,7 @@ class Acceleration:
                 if id(module) not in inside:
                     self._set(module, "forward", weights.Packed(module.weight, module.bias))
             elif isinstance(module, BottleneckLayer):
-                delta = functools.partial(layers.frozen_delta, module, {}) if self.frozen else None
+                delta = functools.partial(layers.frozen_delta, module, {}, self._packed) if self.frozen else None
                 self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))
                 counts["bottleneck in the base's precision"] += 1
             elif (parts := layers.rms_parts(module)) is not None:
