@@ -16,9 +16,8 @@ ROOM = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the largest: a
 
 
 @pytest.fixture(autouse=True)
-def needs_a_compiler(functions: str) -> None:
-    if functions == "torch":
-        pytest.skip("compares with torch anyway")
+def functions() -> None:
+    """Once, and not both ways as the other tests here: these compare the two."""
     if reason := kernels.why_not(torch.float32):
         pytest.skip(reason)
 

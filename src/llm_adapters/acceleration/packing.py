@@ -102,8 +102,11 @@ class Pack(Once):
 
     def visible(self, window: int | None) -> "Visible":
         """What the tokens of the shared prefix see, as of one segment."""
-        lengths = torch.tensor([self.prefix], device=self.input_ids.device)
-        return self.once(("visible", window), lambda: Visible(lengths, 0, self.prefix, window))
+
+        def make() -> Visible:
+            return Visible(torch.tensor([self.prefix], device=self.input_ids.device), 0, self.prefix, window)
+
+        return self.once(("visible", window), make)
 
 
 @dataclass
