@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn import functional
 
 from llm_adapters.acceleration import attention, dropout, head, kernels, layers, rotary
 from llm_adapters.acceleration.packing import Visible
 from llm_adapters.acceleration.pages import Decoded, PagedCache, Step, decode, store
+from llm_adapters.acceleration.routing import Route
 
 PRECISIONS = [torch.float32, torch.bfloat16]
 ROOM = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the largest: a bfloat16 has 8 bits
@@ -124,22 +127,24 @@ def test_attention_of_answers_in_the_making(
     monkeypatch.setattr("llm_adapters.acceleration.pages.PAGE", 4)
     groups, each, sizes = 2, 3, [3, 9, 13]
     keys, values = ([torch.randn(groups, size, width).to(kind) for size in sizes] for _ in range(2))
-    shared = [torch.randn(groups, prefix, width).to(kind) for _ in range(2)]
-    slots = torch.tensor([4, 0, 2, -1])
+    shared = [[torch.randn(groups, prefix, width).to(kind) for _ in range(2)] for _ in range(2)]  # of two adapters
+    slots, adapters = torch.tensor([4, 0, 2, -1]), torch.tensor([1, 0, 1, 0])
     cache = PagedCache(5, 16, torch.device("cpu"))
-    if prefix:
-        cache.keep_prefix(0, *shared)
+    for adapter, pair in enumerate(shared if prefix else ()):
+        cache.keep_prefix(0, *pair, adapter)
     for slot, size, *rows in zip(slots.tolist(), sizes, keys, values, strict=False):
         cache.reserve(slot, size)
         at = prefix + torch.arange(size)[None]
-        held = Step(cache, [Decoded(torch.tensor([slot]), at, at >= 0)])
+        held = Step(cache, [Decoded(torch.tensor([slot]), at, at >= 0, torch.tensor([0]))])
         store(0, *rows, held)
     at = prefix + torch.tensor([[max(size - beside + i, 0) for i in range(beside)] for size in [*sizes, 1]])
     query = torch.randn(groups * each, 4 * beside, width).to(kind)
     alive = (slots >= 0)[:, None].expand_as(at)
-    found = decode(0, query, cache, Decoded(slots, at, alive), 0.3, window).view(4, beside, groups, each, width)
+    decoded = Decoded(slots, at, alive, adapters)
+    found = decode(0, query, cache, decoded, 0.3, window).view(4, beside, groups, each, width)
     for row, size in enumerate(sizes):
-        key, value = (torch.cat((s, part[row]), 1).double() for s, part in zip(shared, (keys, values), strict=True))
+        before = shared[int(adapters[row])]
+        key, value = (torch.cat((s, part[row]), 1).double() for s, part in zip(before, (keys, values), strict=True))
         asked = query.view(groups, each, 4, beside, width)[:, :, row].double()
         scores = torch.einsum("gebw,gtw->gebt", asked, key) * 0.3
         distance = at[row][:, None] - torch.arange(prefix + size)
@@ -147,6 +152,43 @@ def test_attention_of_answers_in_the_making(
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
         expected = torch.einsum("gebt,gtw->bgew", weights, value)
         assert_close(found[row], expected.to(kind))
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "out", "ranks"), [(1, 5, 3, (2,)), (9, 64, 40, (8, 33)), (70, 33, 64, (64, 4))]
+)
+def test_lora_with_an_adapter_for_each_row(kind: torch.dtype, rows: int, width: int, out: int, ranks: tuple) -> None:
+    layer = peft_linear(width, out, ranks)
+    names = ("__base__", *(f"a{number}" for number in range(len(ranks))))
+    route = Route(names)
+    which = torch.arange(rows) // 3 % len(names)
+    route.tell(which)
+    layer.to(kind)
+    x = torch.randn(1, rows, width).to(kind)
+    base = layer.base_layer(x)[0]
+    with torch.inference_mode():
+        found = layers.frozen_lora(layer, route, packed=False)(x)[0]
+    for row in range(rows):
+        name, expected = names[which[row]], base[row].double()
+        if name != "__base__":
+            middle = (x[0, row].double() @ layer.lora_A[name].weight.double().t()).to(kind).double()
+            expected = expected + middle @ (layer.lora_B[name].weight * layer.scaling[name]).double().t()
+        assert_close(found[row], expected.to(kind))
+    route.tell(which[1:])
+    with pytest.raises(RuntimeError, match=f"told for {rows - 1} rows, and there are {rows}"):
+        layers.frozen_lora(layer, route, packed=False)(x)
+
+
+def peft_linear(width: int, out: int, ranks: tuple) -> nn.Module:
+    """PEFT's LoRA layer with an adapter of each rank, a0, a1, ..., none at its start."""
+    config = LoraConfig(r=ranks[0], lora_alpha=3, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(width, out)), config, adapter_name="a0")
+    for number, rank in enumerate(ranks[1:], start=1):
+        model.add_adapter(f"a{number}", LoraConfig(r=rank, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    for b in layer.lora_B.values():
+        nn.init.normal_(b.weight)
+    return layer.eval()
 
 
 # --- dropout

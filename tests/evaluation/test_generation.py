@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.pages import PAGE, PagedCache
+from llm_adapters.acceleration.routing import using
 from llm_adapters.bottleneck import BottleneckConfig
 from llm_adapters.errors import RequestError, WorkError
 from llm_adapters.evaluation import engine, generation, padded, search
@@ -65,36 +66,103 @@ def trained(model, config, seed=3):
     return adapted.eval()
 
 
-@pytest.mark.parametrize("insertion", ["lora", "series"])
-def test_every_prompt_is_answered_by_its_adapter(insertion):
-    config = (
-        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-        if insertion == "lora"
-        else BottleneckConfig(insertion=insertion, placement=("mlp",), bottleneck_size=4)
-    )
-    model = trained(tiny_model("llama"), config)
-    model.add_adapter("other", copy.deepcopy(config))
+LORA = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+ROUTED = {
+    "lora": [LORA, peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["up_proj", "down_proj", "q_proj"])],
+    "series": [BottleneckConfig(insertion="series", placement=("mlp",), bottleneck_size=4)] * 2,
+    "different": [
+        BottleneckConfig(insertion="parallel", placement=("mlp",), bottleneck_size=4),
+        BottleneckConfig(insertion="series", placement=("attention", "mlp"), bottleneck_size=6, non_linearity="gelu"),
+    ],
+}
+ONE_BY_ONE = {  # what cannot be in one batch, and why
+    "dora": ([LORA, peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"])], "of a Linear"),
+    "ia3": (
+        [peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])] * 2,
+        "of a Linear",
+    ),
+    "head": ([LORA, peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"])], "own copy of a module"),
+    "prefix": ([peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)] * 2, "puts tokens before"),
+    "prompt": ([peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)] * 2, "puts tokens before"),
+    "mam": ([BottleneckConfig(insertion="parallel", placement=("mlp",), prefix_length=3)] * 2, "has a prefix"),
+}
+
+
+def with_two(configs):
+    """A model with two adapters, "default" and "other", none at its start."""
+    model = trained(tiny_model("llama"), configs[0])
+    model.add_adapter("other", copy.deepcopy(configs[1]))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        if ".other." in name:
+        if ".other" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    prompts = make_prompts()
-    names = [("default", "other", "__base__")[index % 3] for index in range(len(prompts))]
-    expected = {}
+    return model
+
+
+def by_adapter(model, prompts, names):
+    """What `reference` answers, each prompt with its adapter alone."""
+    found = {}
     for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-        if name == "__base__":
-            with model.disable_adapter():
-                expected[index] = reference(model, prompt)
-        else:
-            model.set_adapter(name)
-            expected[index] = reference(model, prompt)
-    model.set_adapter("default")
-    found = run(model, prompts, adapter_names=names)
+        with using(model, name):
+            found[index] = reference(model, prompt)
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("shared", [0, 7])
+@pytest.mark.parametrize("method", ROUTED)
+def test_every_prompt_is_answered_by_its_adapter_in_one_batch(method, shared, batch_size):
+    model = with_two(ROUTED[method])
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    prompts = [[7] * shared + prompt for prompt in make_prompts()]
+    names = [("default", "other", "__base__")[index % 3] for index in range(len(prompts))]
+    expected = by_adapter(model, prompts, names)
+    assert run(model, prompts, adapter_names=names, batch_size=batch_size).keys() == expected.keys()
+    with Generator(
+        model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=batch_size, adapters=sorted(set(names))
+    ) as generator:
+        assert generator.report["engine"] == "own"
+        found = dict(generator.generate(prompts, adapter_names=names))
     assert {index: answer.tokens for index, answer in found.items()} == expected
-    assert len({expected[i] for i in range(len(prompts))}) > 1
+    assert len(set(expected.values())) > 1
     assert model.active_adapters == ["default"]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+    assert by_adapter(model, prompts[:3], names[:3]) == {index: expected[index] for index in range(3)}
+
+
+@pytest.mark.parametrize("method", ONE_BY_ONE)
+def test_adapters_that_cannot_be_in_one_batch_answer_one_after_the_other(method):
+    configs, words = ONE_BY_ONE[method]
+    model = with_two(configs)
+    prompts = make_prompts()
+    names = [("default", "other", "__base__")[index % 3] for index in range(len(prompts))]
+    expected = by_adapter(model, prompts, names)
+    with Generator(model, tiny_tokenizer(), adapters=sorted(set(names))) as generator:
+        assert words in generator.report["reason"]
+    found = run(model, prompts, adapter_names=names)
+    assert {index: answer.tokens for index, answer in found.items()} == expected
+
+
+def test_beams_have_their_adapter():
+    model, prompts = with_two(ROUTED["lora"]), make_prompts()
+    names = [("default", "other")[index % 2] for index in range(len(prompts))]
+    found = run(model, prompts, adapter_names=names, num_beams=3)
+    for name in set(names):
+        with using(model, name):
+            alone = run(model, prompts, num_beams=3)
+        assert all(found[index].tokens == alone[index].tokens for index in found if names[index] == name)
+
+
+def test_more_adapters_than_slots_and_one_that_nothing_asks_for():
+    model, prompts = with_two(ROUTED["lora"]), make_prompts()
+    for number in range(3):
+        model.add_adapter(f"more{number}", copy.deepcopy(LORA))
+    names = ["other", *["more1"] * (len(prompts) - 1)]
+    with Generator(
+        model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=1, adapters=["more0", *model.peft_config]
+    ) as generator:
+        found = dict(generator.generate(prompts, adapter_names=names))
+    assert {index: answer.tokens for index, answer in found.items()} == by_adapter(model, prompts, names)
 
 
 def test_adapter_names_are_checked():

@@ -91,7 +91,7 @@ def slot_attention(
     query, key, value = query[0], key[0], value[0]
     heads, tokens, _ = query.shape
     out = query.new_empty(tokens, heads, value.shape[-1])
-    before = step.cache.prefix_of(layer)
+    before = step.cache.prefix_of(layer, step.adapter)
     pages.store(layer, key, value, step)
     count = 0
     for decoded in step.decoded:

@@ -6,6 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #ifdef BFLOAT16
 typedef uint16_t T;
@@ -364,8 +367,8 @@ static void exponentials(float *scores, Int tokens, Int width, float *largest, f
     }
 
 void decode(const T *query, const T *keys, const T *values, const T *prefix_keys, const T *prefix_values,
-            const Int *table, const Int *slots, const Int *at, T *out, Int count, Int beside, Int heads, Int groups,
-            Int width, Int page, Int prefix, Int most_pages, float scale, Int window) {
+            const Int *adapters, const Int *table, const Int *slots, const Int *at, T *out, Int count, Int beside,
+            Int heads, Int groups, Int width, Int page, Int prefix, Int most_pages, float scale, Int window) {
     Int each = heads / groups, rows = beside * each;
 #pragma omp parallel for schedule(dynamic)
     for (Int task = 0; task < count * groups; task++) {
@@ -388,8 +391,8 @@ void decode(const T *query, const T *keys, const T *values, const T *prefix_keys
             Int tokens;
             if (first < prefix) {
                 tokens = prefix - first;
-                key = prefix_keys + (group * prefix + first) * width;
-                value = prefix_values + (group * prefix + first) * width;
+                Int at_prefix = ((adapters[who] * groups + group) * prefix + first) * width;
+                key = prefix_keys + at_prefix, value = prefix_values + at_prefix;
             } else {
                 Int number = table[slots[who] * most_pages + (first - prefix) / page];
                 tokens = end - first;
@@ -418,6 +421,105 @@ void decode(const T *query, const T *keys, const T *values, const T *prefix_keys
             T *to = out + (token * heads + group * each + row % each) * width;
             float factor = sums[row] > 0 ? 1.0f / sums[row] : 0.0f;
             for (Int i = 0; i < width; i++) to[i] = put(found[row * width + place(i, width)] * factor);
+        }
+    }
+}
+
+// --- LoRA, each row with its own adapter
+
+#define ROWS 8 // at a time: a weight that is read is used for so many
+
+// sums[block][row] += x[row] times two blocks of 16 columns of weights, which lie pair by pair of their rows:
+// (blocks, pairs, 16, 2) in bfloat16, (blocks, pairs, 2, 16) in float32, as `load` wants them.
+static inline __attribute__((always_inline)) void multiply(const T *const *x, const T *weights, Int pairs,
+                                                           Lanes sums[2][ROWS]) {
+    for (Int i = 0; i < pairs; i++)
+#pragma GCC unroll 2
+        for (Int block = 0; block < 2; block++) {
+            const T *from = weights + (block * pairs + i) * 32;
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+            __m512bh columns;
+            memcpy(&columns, from, 64);
+#pragma GCC unroll 8
+            for (Int row = 0; row < ROWS; row++) {
+                int pair;
+                memcpy(&pair, x[row] + 2 * i, 4);
+                __m512 sum = _mm512_dpbf16_ps((__m512)sums[block][row], columns, (__m512bh)_mm512_set1_epi32(pair));
+                sums[block][row] = (Lanes)sum;
+            }
+#else
+            Lanes first, second;
+            load(from, &first, &second);
+#pragma GCC unroll 8
+            for (Int row = 0; row < ROWS; row++)
+                sums[block][row] += get(x[row][2 * i]) * first + get(x[row][2 * i + 1]) * second;
+#endif
+        }
+}
+
+// The first 16 entries, or as many as there are.
+static inline Lanes widened(const T *from, Int count) {
+    T some[16] = {0};
+    if (count < 16) {
+        for (Int i = 0; i < count; i++) some[i] = from[i];
+        from = some;
+    }
+    float all[16];
+#pragma omp simd
+    for (Int i = 0; i < 16; i++) all[i] = get(from[i]);
+    Lanes values;
+    memcpy(&values, all, 64);
+    return values;
+}
+
+static inline void narrowed(Lanes values, T *to, Int count) {
+    float all[16];
+    T some[16];
+    memcpy(all, &values, 64);
+#pragma omp simd
+    for (Int i = 0; i < 16; i++) some[i] = put(all[i]);
+    if (count >= 16) memcpy(to, some, sizeof some);
+    else
+        for (Int i = 0; i < count; i++) to[i] = some[i];
+}
+
+// out += (x down) up, for no more than ROWS rows of one adapter; in and rank are multiples of 32.
+static void some_rows(const T *x, const T *down, const T *up, T *out, Int rows, Int in, Int rank, Int width) {
+    T middle[ROWS * rank];
+    const T *from[ROWS], *between[ROWS];
+    for (Int row = 0; row < ROWS; row++)  // those that are missing are computed and dropped
+        from[row] = x + (row < rows ? row : 0) * in, between[row] = middle + row * rank;
+    for (Int at = 0; at < rank; at += 32) {
+        Lanes sums[2][ROWS] = {0};
+        multiply(from, down + at * in, in / 2, sums);
+        for (Int block = 0; block < 2; block++)
+            for (Int row = 0; row < ROWS; row++)
+                narrowed(sums[block][row], middle + row * rank + at + 16 * block, 16);
+    }
+    for (Int at = 0; at < width; at += 32) {
+        Lanes sums[2][ROWS] = {0};
+        for (Int block = 0; block < 2; block++)
+            for (Int row = 0; row < rows; row++)
+                sums[block][row] = widened(out + row * width + at + 16 * block, width - at - 16 * block);
+        multiply(between, up + at * rank, rank / 2, sums);
+        for (Int block = 0; block < 2; block++)
+            for (Int row = 0; row < rows; row++)
+                narrowed(sums[block][row], out + row * width + at + 16 * block, width - at - 16 * block);
+    }
+}
+
+// Rows whose adapter is -1 stay as they are; without `which` all are of the first.
+void lora(const T *x, const Int *which, const T *down, const T *up, T *out, Int rows, Int in, Int rank, Int width) {
+    Int whole = (width + 31) / 32 * 32;
+#pragma omp parallel for schedule(dynamic)
+    for (Int block = 0; block < rows; block += ROWS) {
+        Int end = block + ROWS < rows ? block + ROWS : rows;
+        for (Int start = block, stop; start < end; start = stop) {
+            Int adapter = which ? which[start] : 0;
+            for (stop = start + 1; stop < end && (!which || which[stop] == adapter);) stop++;
+            if (adapter >= 0)
+                some_rows(x + start * in, down + adapter * in * rank, up + adapter * rank * whole,
+                          out + start * width, stop - start, in, rank, width);
         }
     }
 }

@@ -4,6 +4,7 @@ Each computes what the module's own forward does, in the precision of the hidden
 they are (float32 masters), and keeps for the backward pass only what cannot be had again for less.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels, weights
+from llm_adapters.acceleration.routing import Route
 
 # --- LoRA
 
@@ -103,18 +105,24 @@ def _lora_parts(layer: Any, kind: torch.dtype) -> tuple[Any, ...] | None:
 def _only_lora(layer: Any) -> str | None:
     """The one active adapter of a LoRA layer; None where there are more or it is more than ``s * x A^T B^T``."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.disable_adapters or layer.merged:
+    if len(active) != 1 or layer.disable_adapters or not is_plain_lora(layer, active):
         return None
-    return None if active[0] in layer.lora_variant or layer.lora_bias[active[0]] else active[0]
+    return active[0]
 
 
-def frozen_lora(layer: Any, merged: bool, packed: bool) -> Any:
-    """The forward of a LoRA layer whose weights stay as they are; None where PEFT's own is needed.
+def is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
+    """Whether `layer` is PEFT's LoRA on a linear layer, and its adapters `names` are ``s * x A^T B^T`` and no more."""
+    if lora_weight(layer) is None or layer.merged:
+        return False
+    return not any(layer.lora_variant.get(name) or layer.lora_bias.get(name) for name in names)
+
+
+def merged_lora(layer: Any, packed: bool) -> Any:
+    """The forward of a LoRA layer with its adapter added to a copy of the weight, in float32, and that rounded to the
+    weight's precision; None where PEFT's own is needed.
 
     Args:
-        layer: PEFT's LoRA on a linear layer.
-        merged: add the adapter to a copy of the weight, in float32, and round that to the weight's precision; else
-            round the adapter's weights, once.
+        layer: PEFT's LoRA on a linear layer, whose weights stay as they are.
         packed: see `weights.linear`.
     """
     found, name = lora_weight(layer), _only_lora(layer)
@@ -123,14 +131,51 @@ def frozen_lora(layer: Any, merged: bool, packed: bool) -> Any:
     weight, bias = found
     with torch.no_grad():
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-        if merged:
-            return weights.linear(torch.addmm(weight.float(), b.float(), a.float()).to(weight.dtype), bias, packed)
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
-        base = weights.linear(weight, bias, packed)
+        return weights.linear(torch.addmm(weight.float(), b.float(), a.float()).to(weight.dtype), bias, packed)
+
+
+def frozen_lora(layer: Any, route: Route | None, packed: bool) -> Any:
+    """The forward of a LoRA layer whose weights stay as they are, the adapters' rounded to the weight's precision; None
+    where PEFT's own is needed.
+
+    Args:
+        layer: PEFT's LoRA on a linear layer.
+        route: which adapter computes which rows; None for the active one and all rows.
+        packed: see `weights.linear`.
+    """
+    found, name = lora_weight(layer), _only_lora(layer)
+    if found is None or (route is None and name is None):
+        return None
+    weight, bias = found
+    base = weights.linear(weight, bias, packed)
+    names = route.names if route is not None else (name,)
+    rank = max((layer.r[name] for name in names if name in layer.lora_A), default=0)
+    if not rank:
+        return base
+    with torch.no_grad():
+        # (adapters, in, rank) and (adapters, rank, out), filled up to what the kernel takes.
+        down = weight.new_zeros(len(names), *map(weights.whole, (weight.shape[1], rank)))
+        up = weight.new_zeros(len(names), *map(weights.whole, (rank, weight.shape[0])))
+        for number, name in enumerate(names):
+            if name in layer.lora_A:
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+                down[number, : a.shape[1], : a.shape[0]] = a.t()
+                up[number, : b.shape[1], : b.shape[0]] = b.t()
+    by_kernel = [weights.paired(part) for part in (down, up)] if kernels.of(weight) else None
+    down, up = down[:, : weight.shape[1]], up[..., : weight.shape[0]]
+    width, more = weight.shape[1], weights.whole(weight.shape[1]) - weight.shape[1]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
-        out.view(-1, out.shape[-1]).addmm_(functional.linear(x.reshape(-1, x.shape[-1]), a), b.t())
+        count = x.numel() // width
+        if by_kernel is not None and (kernel := kernels.of(x)):
+            x = (functional.pad(x, (0, more)) if more else x).contiguous()
+            which = None if route is None else route.of(count)
+            kernel.call("lora", x, which, *by_kernel, out, count, width + more, up.shape[1], up.shape[2])
+            return out
+        flat, rows = x.reshape(count, width), out.view(count, -1)
+        for number, span in [(0, slice(None))] if route is None else route.runs(count):
+            rows[span].addmm_(flat[span] @ down[number], up[number])
         return out
 
     return forward
@@ -155,6 +200,16 @@ def frozen_delta(layer: Any, kept: dict[Any, Any], packed: bool, name: str, hidd
         kept[key] = [weights.linear(*part, blocks) for part in _bottleneck(layer, *key)]
     down, up = kept[key]
     return up(layer.activations[name](down(hidden)))
+
+
+def routed_add(layer: Any, route: Route, name: str, stream: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    """`BottleneckLayer.add` for the rows that are of the adapter `name`."""
+    out = stream.clone(memory_format=torch.contiguous_format)
+    rows, flat = out.view(-1, out.shape[-1]), [source.reshape(-1, source.shape[-1]) for source in sources]
+    for number, span in route.runs(len(rows)):
+        if route.names[number] == name:
+            rows[span] += layer.delta(name, *(source[span] for source in flat)).to(out.dtype)
+    return out
 
 
 def _bottleneck(layer: Any, name: str, kind: torch.dtype) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -354,8 +409,10 @@ def silu_mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 def frozen_silu_mlp(module: Any) -> Any:
     """The forward of a gated MLP of linear layers in blocks: activation and product are done while multiplying."""
     gate, up = (vars(part).get("forward") for part in (module.gate_proj, module.up_proj))
-    if not isinstance(gate, weights.Packed) or not isinstance(up, weights.Packed):
+    if not isinstance(gate, weights.Packed):
         return None
+    if not isinstance(up, weights.Packed):  # it has a LoRA
+        return lambda x: module.down_proj(module.up_proj(x).mul_(gate.silu(x)))
     return lambda x: module.down_proj(up.times(x, gate.silu(x)))
 
 

@@ -2,14 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, kernels, layers, rotary, weights
+from llm_adapters.acceleration import attention, head, kernels, layers, rotary, routing, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.pages import Step
@@ -31,6 +31,8 @@ class Acceleration:
         on: False leaves every fast path off (the label loss of the model's forward remains).
         frozen: the weights stay as they are while it is on, and the model is in eval mode: for generation.
         merge: with `frozen`, compute LoRA with merged copies of the weights, where that changes no more than rounding.
+        adapters: with `frozen`, compute these adapters of a `PeftModel` in one forward, each row with that which the
+            step says (`pages.Step`), or `routing.NO_ADAPTER`; nothing is merged then.
 
     Attributes:
         report: for each fast path ``"on"``, or why it is off; for the manifest.
@@ -39,8 +41,16 @@ class Acceleration:
         RequestError: the model is sharded (FSDP2). Once it is on, `fully_shard` may be used.
     """
 
-    def __init__(self, model: nn.Module, on: bool = True, frozen: bool = False, merge: bool = False) -> None:
-        self.model, self.on, self.frozen, self.merge = model, on, frozen, frozen and merge
+    def __init__(
+        self,
+        model: nn.Module,
+        on: bool = True,
+        frozen: bool = False,
+        merge: bool = False,
+        adapters: Sequence[str] | None = None,
+    ) -> None:
+        self.model, self.on, self.frozen, self.merge = model, on, frozen, frozen and merge and not adapters
+        self.route = routing.Route(adapters) if adapters else None
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.report: dict[str, str] = {}
         self._undo: list[Callable[[], None]] = []
@@ -88,30 +98,44 @@ class Acceleration:
             self._packed, self.report["weights in blocks"] = reason is None, reason or ON
         sequences = probe_sequences(self.base)
         refused = _why_not(self.model, self.base, self.frozen)
+        if self.route is not None and (refused := refused or routing.why_not(self.model, self.route.names)):
+            self.report["packing"] = refused
+            return
         with torch.no_grad():
-            expected = None if refused else [self._plain(sequence) for sequence in sequences]
-            if expected is None:
-                self._install_layers()
-            else:
-                if self.merge:
-                    self._merge(sequences, expected)
-                self._install_layers()
+            expected = [] if refused else self._expected(sequences)
+            if self.merge and expected:
+                self._merge(sequences, expected[0])
+            self._install_layers()
+            if expected:
                 refused = self._install_packing(sequences, expected)
             self.report["packing"] = self.report["shared prefix"] = refused or ON
             self.report["fused head"] = self._why_no_head(sequences[0]) or ON
 
+    def _expected(self, sequences: list[list[int]]) -> list[list[torch.Tensor]]:
+        """The model's own last hidden states of the `sequences`, for each of the adapters; else for the active ones."""
+        if self.route is None:
+            return [[self._plain(sequence) for sequence in sequences]]
+        found = []
+        for name in self.route.names:
+            with routing.using(self.model, name):
+                found.append([self._plain(sequence) for sequence in sequences])
+        return found
+
     def _set(self, module: Any, name: str, value: Any) -> None:
         """Set an attribute of the instance until `close`, which leaves none behind where there was none."""
-        before = vars(module).get(name)
+        there, before = name in vars(module), vars(module).get(name)
         setattr(module, name, value)
-        if before is None:
+        if not there:
             self._undo.append(functools.partial(delattr, module, name))
         else:
             self._undo.append(functools.partial(setattr, module, name, before))
 
     def _freeze(self, module: nn.Module, merged: bool) -> bool:
         """Give a LoRA layer a forward with weights that stay as they are; whether that was possible."""
-        forward = layers.frozen_lora(module, merged, self._packed)
+        if merged:
+            forward = layers.merged_lora(module, self._packed)
+        else:
+            forward = layers.frozen_lora(module, self.route, self._packed)
         if forward is not None:
             self._set(module, "forward", forward)
         return forward is not None
@@ -151,6 +175,9 @@ class Acceleration:
                 delta = functools.partial(layers.frozen_delta, module, {}, self._packed) if self.frozen else None
                 self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))
                 counts["bottleneck in the base's precision"] += 1
+                if self.route is not None:
+                    self._set(module, "routing", self.route.names)
+                    self._set(module, "add", functools.partial(layers.routed_add, module, self.route))
             elif (parts := layers.rms_parts(module)) is not None:
                 self._set(module, "forward", functools.partial(layers.rms_forward, module.forward, *parts))
                 counts["RMS norm"] += 1
@@ -166,18 +193,20 @@ class Acceleration:
         self.report["rotary positions"] = ON if file else "none, or of another kind"
         self.report |= {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
 
-    def _install_packing(self, sequences: list[list[int]], expected: list[torch.Tensor]) -> str | None:
-        """Why packing stays off; None where it is on."""
+    def _install_packing(self, sequences: list[list[int]], expected: list[list[torch.Tensor]]) -> str | None:
+        """Why packing stays off; None where it is on. `expected` as `_expected` gives it."""
         attention.register()
         before = self.base.config._attn_implementation
         self.base.set_attn_implementation(attention.NAME)
         refused = None
         try:
             pack = Pack.of(sequences, prefix=3, device=self.base.device)
-            found = self.hidden(pack)[0]
-            parts = found[3 : pack.end].split(list(pack.lengths))
-            for part, whole in zip(parts, expected, strict=True):
-                refused = refused or differs(torch.cat((found[:3], part)), whole)
+            for adapter, wholes in enumerate(expected):
+                self.all_by(adapter, pack.tokens)
+                found = self.hidden(pack)[0]
+                parts = found[3 : pack.end].split(list(pack.lengths))
+                for part, whole in zip(parts, wholes, strict=True):
+                    refused = refused or differs(torch.cat((found[:3], part)), whole)
         except attention.Unsupported as error:
             refused = str(error)
         except Exception as error:  # families differ in more ways than can be listed
@@ -193,14 +222,25 @@ class Acceleration:
         output = self.base.get_output_embeddings()
         if type(output) is not nn.Linear or any(p.requires_grad for p in output.parameters()):
             return "the output head is trained, or is no plain linear layer"
-        if _is_prompt_learning(self.model):
+        if routing.prompt_learning(self.model):
             return "the method puts tokens before the sequence"
+        self.all_by(0, len(sequence))
         ids = torch.tensor([sequence], device=self.base.device)
         hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits = self.base(input_ids=ids, use_cache=False).logits
         return differs(output(hidden), logits) and "the family changes the logits after its output head"
 
     # --- forwards
+
+    @property
+    def adapters(self) -> int:
+        """How many adapters a step may name."""
+        return 1 if self.route is None else len(self.route.names)
+
+    def all_by(self, adapter: int, rows: int) -> None:
+        """Have the next forward, of so many rows, computed with one of the `adapters`, where there are several."""
+        if self.route is not None:
+            self.route.tell(torch.full((rows,), adapter))
 
     def _plain(self, sequence: list[int]) -> torch.Tensor:
         ids = torch.tensor([sequence], device=self.base.device)
@@ -225,6 +265,8 @@ class Acceleration:
             positions = torch.cat((positions, pack.position_ids[0, pack.prefix :]))
             ends = torch.tensor(pack.lengths, device=tokens.device).cumsum(0) - 1
             chosen = torch.cat((chosen, len(tokens) + ends))
+        if self.route is not None:
+            self.route.tell(step.adapters())
         kwargs: dict[str, Any] = {"attention_mask": attention.no_mask(ids.device), "step": step, "use_cache": False}
         selects = "logits_to_keep" in inspect.signature(type(self.base).forward).parameters
         if selects:
@@ -276,11 +318,6 @@ def _causal_forward(
     return {"loss": loss if len(at) else logits.sum() * 0}  # zero, and yet a gradient for every rank to share
 
 
-def _is_prompt_learning(model: Any) -> bool:
-    config = getattr(model, "active_peft_config", None)
-    return config is not None and config.is_prompt_learning
-
-
 def learned_prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The keys and values of prefix tuning, a pair (key-value heads, tokens, width) per layer; of other models none."""
     if not _is_prefix_tuning(model):
@@ -290,12 +327,13 @@ def learned_prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _is_prefix_tuning(model: Any) -> bool:
-    return _is_prompt_learning(model) and model.active_peft_config.peft_type.value == "PREFIX_TUNING"
+    config = routing.prompt_learning(model)
+    return config is not None and config.peft_type.value == "PREFIX_TUNING"
 
 
 def _why_not(model: Any, base: Any, frozen: bool) -> str | None:
     """Why packs are not even tried. Generation keeps a learned prefix in its cache."""
-    if _is_prompt_learning(model) and not (frozen and _is_prefix_tuning(model)):
+    if routing.prompt_learning(model) and not (frozen and _is_prefix_tuning(model)):
         return "the method puts tokens before the sequence"
     module = inspect.getmodule(type(base))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):

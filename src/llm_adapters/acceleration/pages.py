@@ -48,7 +48,8 @@ class PagedCache:
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._free = list(range(1, 1 + slots * self.most))  # a heap, and sorted
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._prefixes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stacked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # --- pages
 
@@ -113,14 +114,23 @@ class PagedCache:
             self._layers[index] = keys, values
         return self._layers[index]
 
-    def keep_prefix(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store a layer's keys and values of the shared prefix, (key-value heads, prefix, width)."""
+    def keep_prefix(self, index: int, key: torch.Tensor, value: torch.Tensor, adapter: int = 0) -> None:
+        """Store a layer's keys and values of the shared prefix, (key-value heads, prefix, width), by this adapter."""
         self.prefix = key.shape[1]
-        self._prefixes[index] = key.contiguous(), value.contiguous()
+        self._prefixes[index, adapter] = key.contiguous(), value.contiguous()
+        self._stacked.pop(index, None)
 
-    def prefix_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def prefix_of(self, index: int, adapter: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What `keep_prefix` was given; None where there is no prefix."""
-        return self._prefixes.get(index)
+        return self._prefixes.get((index, adapter))
+
+    def prefixes_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same of all adapters, (adapters, key-value heads, prefix, width)."""
+        if index not in self._stacked and (index, 0) in self._prefixes:
+            own = [pair for (layer, _), pair in sorted(self._prefixes.items()) if layer == index]
+            keys, values = zip(*own, strict=True)
+            self._stacked[index] = torch.stack(keys), torch.stack(values)
+        return self._stacked.get(index)
 
 
 @dataclass
@@ -131,11 +141,13 @@ class Decoded(Once):
         slots: (count,), int64, no slot twice; -1 for a row that only makes the number a round one.
         at: (count, width), int64: the position of each token.
         alive: (count, width), bool: which are of a sequence; what the others compute is dropped.
+        adapters: (count,), int64: the number of each slot's adapter.
     """
 
     slots: torch.Tensor
     at: torch.Tensor
     alive: torch.Tensor
+    adapters: torch.Tensor
 
     def places(self, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and column of every token, (count * width,) int64 each."""
@@ -166,6 +178,13 @@ class Decoded(Once):
 
         return self.once("seen", make)
 
+    def by_adapter(self) -> list[tuple[int, torch.Tensor]]:
+        """The numbers of the adapters, and which slots are theirs."""
+        return self.once(
+            "by adapter",
+            lambda: [(int(n), (self.adapters == n).nonzero().flatten()) for n in self.adapters.unique()],
+        )
+
     def bias(self, cache: PagedCache, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores of the tokens, and of nobody's: (count + 1, 1, width, columns), 0 where a token
         may look. The columns are those of its pages in their order, and of the shared prefix.
@@ -194,12 +213,21 @@ class Step(Once):
         pack: the new prompts, without the shared prefix; None for none.
         slots: their slots. None where the only prompt is the shared prefix itself, or what of it comes after a learned
             one.
+        adapter: the number of the new prompts' adapter.
     """
 
     cache: PagedCache
     decoded: Sequence[Decoded] = ()
     pack: Pack | None = None
     slots: Sequence[int] | None = None
+    adapter: int = 0
+
+    def adapters(self) -> torch.Tensor:
+        """The adapter of each row, (tokens,), int64."""
+        found = [decoded.adapters.repeat_interleave(decoded.at.shape[1]) for decoded in self.decoded]
+        if self.pack is not None:
+            found.append(torch.full((self.pack.tokens - self.pack.prefix,), self.adapter))
+        return torch.cat(found)
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and column of every token in the row, (tokens,) int64 each."""
@@ -225,9 +253,9 @@ def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> Non
     if step.pack is not None and step.slots is None:
         count = step.pack.end - step.pack.prefix
         more = key[:, :count], value[:, :count]
-        learned = step.cache.prefix_of(layer)
-        joined = more if learned is None else (torch.cat(pair, 1) for pair in zip(learned, more, strict=True))
-        step.cache.keep_prefix(layer, *joined)
+        learned = step.cache.prefix_of(layer, step.adapter)
+        keys, values = more if learned is None else (torch.cat(pair, 1) for pair in zip(learned, more, strict=True))
+        step.cache.keep_prefix(layer, keys, values, step.adapter)
         return
     pages, columns = step.places()
     for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):
@@ -258,12 +286,12 @@ def decode(
     heads, _, width = query.shape
     keys, values = cache.layer(layer, query, query)
     if (kernel := kernels.of(query)) and values.shape[-1] == width:
-        learned = cache.prefix_of(layer) or (None, None)
+        shared = cache.prefixes_of(layer) or (None, None)
         rows = query.transpose(0, 1).contiguous()
         out = torch.empty_like(rows)
         sizes = count, beside, heads, keys.shape[1], width, keys.shape[2], cache.prefix, cache.table.shape[1]
-        asked = cache.table, decoded.slots, decoded.at.contiguous()
-        kernel.call("decode", rows, keys, values, *learned, *asked, out, *sizes, float(scale), window or 0)
+        asked = decoded.adapters, cache.table, decoded.slots, decoded.at.contiguous()
+        kernel.call("decode", rows, keys, values, *shared, *asked, out, *sizes, float(scale), window or 0)
         return out
     chosen, owner, rank, pages = decoded.seen(cache)
     keys, values = (
@@ -280,12 +308,12 @@ def decode(
     asking = decoded.once("asking", lambda: owner.clamp(max=count - 1))
     by_page = queries.index_select(0, asking).view(len(owner) * groups, -1, width)
     own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), -1, PAGE)
-    shared_prefix = cache.prefix_of(layer)
-    if shared_prefix is not None:
+    prefixes = [(rows, p) for adapter, rows in decoded.by_adapter() if (p := cache.prefix_of(layer, adapter))]
+    for rows, (their_keys, _) in prefixes:
         # (key-value heads, slots * heads of each * tokens, width)
-        shared = queries.view(count, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
-        found = torch.bmm(shared, shared_prefix[0].transpose(1, 2)).view(groups, count, -1, prefix)
-        scores[:count, :, columns:].unflatten(1, (groups, -1)).copy_(found.transpose(0, 1))
+        shared = queries[rows].view(len(rows), groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
+        found = torch.bmm(shared, their_keys.transpose(1, 2)).view(groups, len(rows), -1, prefix)
+        scores[rows, :, columns:] = found.transpose(0, 1).flatten(1, 2)
     scores.unflatten(1, (heads, beside)).add_(bias)
     probabilities = torch.softmax(scores, -1)
 
@@ -294,8 +322,8 @@ def decode(
     by_slot = parts.new_zeros(count + 1, pages, queries.shape[1])
     by_slot[owner, rank] = parts.view(len(owner), -1)
     out = by_slot[:count].sum(1).view(count, groups, -1, width)
-    if shared_prefix is not None:
-        shared = probabilities[:count, :, columns:].unflatten(1, (groups, -1)).transpose(0, 1)
-        found = torch.bmm(shared.reshape(groups, -1, prefix), shared_prefix[1]).view(groups, count, -1, width)
-        out.add_(found.transpose(0, 1))
+    for rows, (_, their_values) in prefixes:
+        shared = probabilities[rows, :, columns:].unflatten(1, (groups, -1)).transpose(0, 1)
+        found = torch.bmm(shared.reshape(groups, -1, prefix), their_values).view(groups, len(rows), -1, width)
+        out[rows] += found.transpose(0, 1)
     return out.reshape(count, heads, beside, width).transpose(1, 2).reshape(-1, heads, width)

@@ -32,6 +32,7 @@ class Engine:
         max_new_tokens: the longest answer.
         num_beams: 1 for greedy decoding.
         slots: how many answers are in the making at a time.
+        routes: for each prompt the number of its adapter among those that the `acceleration` was given.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Engine:
         max_new_tokens: int,
         num_beams: int = 1,
         slots: int,
+        routes: Sequence[int] | None = None,
     ) -> None:
         self.acceleration, self.device = acceleration, acceleration.base.device
         with torch.no_grad():
@@ -62,9 +64,14 @@ class Engine:
         self.cache = PagedCache(self.groups * num_beams, longest, self.device)
         for layer, (keys, values) in enumerate(learned):
             self.cache.keep_prefix(layer, keys, values)
-        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the next one is the last
+        self.routes = list(routes) if routes is not None else [0] * len(prompts)
+        # Of each adapter; the next one is the last.
+        self.waiting: dict[int, list[int]] = {route: [] for route in sorted(set(self.routes))}
+        for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            self.waiting[self.routes[index]].append(index)
         self.owners: dict[int, int] = {}  # of each group in use, the prompt
-        self.lengths = torch.zeros(self.groups, dtype=torch.int64, device=self.device)  # of these prompts
+        # The lengths of these prompts, and their adapters.
+        self.lengths, self.adapters = torch.zeros(2, self.groups, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def run(self, on_token: Callable[[int, int], None] | None = None) -> Iterator[Ended]:
@@ -73,18 +80,19 @@ class Engine:
         Args:
             on_token: for greedy decoding, called with the index of a prompt and each token of its answer.
         """
-        if self.prefix > self.learned:
-            self._forward([], Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device), None)
+        for route in range(self.acceleration.adapters) if self.prefix > self.learned else ():
+            prefix = Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device)
+            self._forward([], prefix, None, route)
         told: dict[int, int] = {}
-        while self.waiting or self.owners:
-            going = torch.tensor(sorted(self.owners), dtype=torch.int64, device=self.device)
-            fresh = self._admit()
-            fed = self.search.feed(going) if len(going) else []
-            *advanced, begun = self._forward(fed, *self._new(fresh))
+        while any(self.waiting.values()) or self.owners:
+            going = sorted(self.owners, key=lambda group: (self.routes[self.owners[group]], group))
+            fed = self.search.feed(torch.tensor(going, device=self.device)) if going else []
+            fresh, route = self._admit()
+            *advanced, begun = self._forward(fed, *self._new(fresh), route)
             for (groups, tokens), logits in zip(fed, advanced, strict=True):
                 self._advance(groups, tokens, logits)
             if fresh:
-                self._begin(fresh, begun)
+                self._begin(fresh, begun, route)
             if on_token is not None:
                 for group, owner in self.owners.items():
                     answer = self.search.answer(group)
@@ -93,22 +101,23 @@ class Engine:
                     told[owner] = len(answer)
             if ended := self._collect():
                 yield ended
-            if not self.waiting:
+            if not any(self.waiting.values()):
                 self.cache.compact()
 
     # --- a step
 
-    def _admit(self) -> list[int]:
-        """Give waiting prompts to free groups; returns these groups."""
+    def _admit(self) -> tuple[list[int], int]:
+        """Give waiting prompts of one adapter, that with the most of them, to free groups; returns these, and it."""
         fresh: list[int] = []
-        room = PROMPT_TOKENS
+        route = max(self.waiting, key=lambda route: len(self.waiting[route]))
+        waiting, room = self.waiting[route], PROMPT_TOKENS
         for group in (group for group in range(self.groups) if group not in self.owners):
-            if not self.waiting or (fresh and room < len(self.prompts[self.waiting[-1]]) - self.prefix):
+            if not waiting or (fresh and room < len(self.prompts[waiting[-1]]) - self.prefix):
                 break
-            self.owners[group] = self.waiting.pop()
+            self.owners[group] = waiting.pop()
             room -= len(self.prompts[self.owners[group]]) - self.prefix
             fresh.append(group)
-        return fresh
+        return fresh, route
 
     def _new(self, fresh: list[int]) -> tuple[Pack | None, list[int] | None]:
         """The prompts of the `fresh` groups, and the slots for them."""
@@ -121,16 +130,26 @@ class Engine:
         return pack, slots
 
     def _forward(
-        self, fed: list[tuple[torch.Tensor, torch.Tensor]], pack: Pack | None, slots: list[int] | None
+        self,
+        fed: list[tuple[torch.Tensor, torch.Tensor]],
+        pack: Pack | None,
+        slots: list[int] | None,
+        route: int,
     ) -> list[torch.Tensor]:
-        """The logits that follow the tokens of each part of `fed`, and those that follow the prompts of `pack`."""
-        decoded = [self._decoded(groups, tokens.shape[1]) for groups, tokens in fed]
+        """The logits that follow the tokens of each part of `fed`, and those that follow the prompts of `pack`, which
+        are of the adapter `route`."""
+        count = sum(tokens.numel() for _, tokens in fed)
+        fillers = rounded(count, _ROWS) - count  # all in the first part, which has the fewest tokens beside each other
+        decoded = []
+        for groups, tokens in fed:
+            decoded.append(self._decoded(groups, tokens.shape[1], fillers // tokens.shape[1]))
+            fillers = 0
         tokens = [
             nn.functional.pad(tokens, (0, 0, 0, len(part.slots) - len(tokens))).flatten()
             for (_, tokens), part in zip(fed, decoded, strict=True)
         ]
         row = torch.cat([torch.zeros(0, dtype=torch.int64, device=self.device), *tokens])
-        logits = self.acceleration.logits(Step(self.cache, decoded, pack, slots), row)
+        logits = self.acceleration.logits(Step(self.cache, decoded, pack, slots, route), row)
         *parts, prompts = logits.split([*map(len, tokens), len(logits) - len(row)])
         found = [
             part.view(-1, tokens.shape[1], part.shape[-1])[: len(tokens)]
@@ -138,7 +157,7 @@ class Engine:
         ]
         return [*found, prompts]
 
-    def _decoded(self, groups: torch.Tensor, beside: int) -> Decoded:
+    def _decoded(self, groups: torch.Tensor, beside: int, fillers: int) -> Decoded:
         """So many neighbouring tokens of all slots of these `groups`, from the last one that their answers have."""
         width = self.search.width
         last = (self.lengths + self.limit)[groups, None] - 2  # what follows the last token of an answer, nobody reads
@@ -148,11 +167,11 @@ class Engine:
         pages = (at[:, -1] - self.prefix) // PAGE
         for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
             self.cache.reserve(slot, page * PAGE + 1)
-        more = rounded(len(slots), max(1, _ROWS // beside)) - len(slots)
         return Decoded(
-            nn.functional.pad(slots, (0, more), value=-1),
-            nn.functional.pad(at, (0, 0, 0, more)),
-            nn.functional.pad(alive, (0, 0, 0, more)),
+            nn.functional.pad(slots, (0, fillers), value=-1),
+            nn.functional.pad(at, (0, 0, 0, fillers)),
+            nn.functional.pad(alive, (0, 0, 0, fillers)),
+            nn.functional.pad(self.adapters[groups].repeat_interleave(width), (0, fillers)),
         )
 
     def _slots(self, groups: torch.Tensor) -> torch.Tensor:
@@ -172,10 +191,10 @@ class Engine:
             first = int((self.lengths[groups[moved.any(1)]].min() - self.prefix) // PAGE)
             self.cache.copy(source[moved], slots[moved], first)
 
-    def _begin(self, fresh: list[int], logits: torch.Tensor) -> None:
+    def _begin(self, fresh: list[int], logits: torch.Tensor, route: int) -> None:
         groups = torch.tensor(fresh, device=self.device)
         sizes = [len(self.prompts[self.owners[group]]) for group in fresh]
-        self.lengths[groups] = torch.tensor(sizes, device=self.device)
+        self.lengths[groups], self.adapters[groups] = torch.tensor(sizes, device=self.device), route
         self.search.begin(groups, logits)
         width = self.search.width
         for beam in range(1, width):
@@ -201,27 +220,34 @@ def why_not(acceleration: Acceleration) -> str | None:
     """Why the engine cannot be used; None where it can, which is tried: some tokens by pieces against all at once."""
     if not acceleration.packs:
         return acceleration.report["packing"]
-    sequences = probe_sequences(acceleration.base)
+    some, adapters = probe_sequences(acceleration.base), acceleration.adapters
+    sequences = [some[slot % len(some)] for slot in range(max(len(some), adapters))]
     prefix, steps = 2, (1, 2)  # so many tokens beside each other
     device = acceleration.base.device
     cache = PagedCache(len(sequences), max(map(len, sequences)), device)
     slots = torch.arange(len(sequences), device=device)
+    found: dict[int, torch.Tensor] = {}
     try:
-        shared = Pack.of([sequences[0][:prefix]], device=device)
-        acceleration.logits(Step(cache, (), shared), slots[:0])
-        pack = Pack.of([sequence[: -sum(steps)] for sequence in sequences], prefix, device)
-        for slot, sequence in enumerate(sequences):
-            cache.reserve(slot, len(sequence) - prefix)
-        found = [acceleration.logits(Step(cache, (), pack, slots.tolist()), slots[:0])[:, None]]
+        for adapter in range(adapters):
+            mine = list(range(adapter, len(sequences), adapters))
+            shared = Pack.of([sequences[0][:prefix]], device=device)
+            acceleration.logits(Step(cache, (), shared, None, adapter), slots[:0])
+            pack = Pack.of([sequences[slot][: -sum(steps)] for slot in mine], prefix, device)
+            for slot in mine:
+                cache.reserve(slot, len(sequences[slot]) - prefix)
+            logits = acceleration.logits(Step(cache, (), pack, mine, adapter), slots[:0])
+            found |= dict(zip(mine, logits[:, None], strict=True))
         ends = torch.tensor([list(range(len(sequence) - sum(steps), len(sequence))) for sequence in sequences])
         tokens = torch.tensor([sequence[-sum(steps) :] for sequence in sequences])
         for at, part in zip(ends.to(device).split(steps, 1), tokens.to(device).split(steps, 1), strict=True):
-            logits = acceleration.logits(Step(cache, [Decoded(slots, at, at >= 0)]), part.flatten())
-            found.append(logits.view(*at.shape, -1))
-        for sequence, rows in zip(sequences, torch.cat(found, 1), strict=True):
+            decoded = Decoded(slots, at, at >= 0, slots % adapters)
+            logits = acceleration.logits(Step(cache, [decoded]), part.flatten()).view(*at.shape, -1)
+            found = {slot: torch.cat((found[slot], rows)) for slot, rows in enumerate(logits)}
+        for slot, sequence in enumerate(sequences):
             ids = torch.tensor([sequence], device=device)
+            acceleration.all_by(slot % adapters, len(sequence))
             expected = acceleration.base(input_ids=ids, use_cache=False).logits[0, -1 - sum(steps) :]
-            if refused := differs(rows, expected):
+            if refused := differs(found[slot], expected):
                 return refused
     except Exception as error:  # families differ in more ways than can be listed
         return f"its forward does not take slots ({type(error).__name__})"

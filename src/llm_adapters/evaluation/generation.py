@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NO_ADAPTER = "__base__"  # PEFT's name for it
 LARGEST_BATCH = 256
 LARGEST_PADDED_BATCH = {"cpu": 32, "other": 64}
 
@@ -59,6 +58,8 @@ class Generator:
         batch_size: answers in the making at a time; None chooses what fits.
         merge: compute LoRA merged into copies of the weights, where that changes no more than rounding does.
         own: False generates with transformers' `generate` in any case.
+        adapters: the adapters of a `PeftModel` that the prompts name; None for the active ones. Only the own engine
+            has several: see ``reason`` in the `report`.
 
     Attributes:
         report: how it generates, for the summary: ``engine`` is ``"own"`` or ``"transformers"`` (then ``reason`` says
@@ -78,6 +79,7 @@ class Generator:
         batch_size: int | None = None,
         merge: bool = True,
         own: bool = True,
+        adapters: Sequence[str] | None = None,
     ) -> None:
         for name, value in (
             ("max_new_tokens", max_new_tokens),
@@ -88,6 +90,7 @@ class Generator:
                 raise RequestError(f"{name}={value} is too small: give 1 or more.")
         self.model, self.tokenizer, self.merge, self.own = model, tokenizer, merge, own
         self.max_new_tokens, self.num_beams, self.batch_size = max_new_tokens, num_beams, batch_size
+        self.adapters = list(adapters) if adapters is not None else None
         self.ends = end_tokens(model, tokenizer)
         self.report: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
@@ -102,7 +105,7 @@ class Generator:
             reason: str | None = "asked for"
             if self.own:
                 with contextlib.ExitStack() as faster:
-                    acceleration = Acceleration(self.model, frozen=True, merge=self.merge)
+                    acceleration = Acceleration(self.model, frozen=True, merge=self.merge, adapters=self.adapters)
                     faster.enter_context(acceleration)
                     reason = engine.why_not(acceleration)
                     self._acceleration = None if reason else acceleration
@@ -120,7 +123,10 @@ class Generator:
         self._stack.close()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], on_token: Callable[[int, int], None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        on_token: Callable[[int, int], None] | None = None,
+        adapter_names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Generation]]:
         """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, long prompts first.
 
@@ -131,6 +137,7 @@ class Generator:
             prompts: token ids.
             on_token: called with a prompt's index and a token of its answer as soon as it is there, for streaming;
                 with transformers' `generate` and with beams, when the answer has ended.
+            adapter_names: which of the `adapters` answers each prompt.
 
         Raises:
             RequestError: as `check_prompts` does.
@@ -146,7 +153,7 @@ class Generator:
             asked, done = list(left), set()
             started = time.perf_counter()
             try:
-                for ended in self._answers([prompts[index] for index in asked], asked, size, on_token):
+                for ended in self._answers(prompts, asked, size, on_token, adapter_names):
                     share = (time.perf_counter() - started) / len(ended)
                     for at, tokens in ended:
                         done.add(asked[at])
@@ -170,15 +177,17 @@ class Generator:
 
     def _answers(
         self,
-        prompts: list[Sequence[int]],
+        every: Sequence[Sequence[int]],
         names: list[int],
         size: int,
         on_token: Callable[[int, int], None] | None,
+        adapter_names: Sequence[str] | None,
     ) -> Iterator[list[tuple[int, list[int]]]]:
-        """Lists of (index, tokens with the one that ends them) as answers end."""
+        """Lists of (place among `names`, tokens with the one that ends them) as answers end."""
         from llm_adapters.evaluation.engine import Engine
         from llm_adapters.evaluation.padded import generate_batch
 
+        prompts = [every[name] for name in names]
         options: dict[str, Any] = {
             "ends": self.ends,
             "max_new_tokens": self.max_new_tokens,
@@ -187,7 +196,11 @@ class Generator:
         streams = on_token is not None and self._acceleration is not None and self.num_beams == 1
         tell = (lambda at, token: on_token(names[at], token)) if on_token is not None else None
         if self._acceleration is not None:
-            answers = Engine(self._acceleration, prompts, slots=size, **options).run(tell if streams else None)
+            routes = None
+            if adapter_names is not None and self.adapters is not None:
+                routes = [self.adapters.index(adapter_names[name]) for name in names]
+            engine = Engine(self._acceleration, prompts, slots=size, routes=routes, **options)
+            answers = engine.run(tell if streams else None)
         else:
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
             batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -226,8 +239,7 @@ def generate(
         tokenizer: the model's.
         prompts: token ids.
         adapter_names: for each prompt the adapter of a `PeftModel` that answers it, ``"__base__"`` for none of them.
-            The prompts of an adapter are computed together, one adapter after the other: that keeps LoRA merged and
-            their common prefix shared, which a mixed batch could not.
+            Several answer in one batch, unmerged, where that can be; else one adapter after the other.
         options: as of `Generator`.
 
     Raises:
@@ -237,15 +249,23 @@ def generate(
         with Generator(model, tokenizer, **options) as generator:
             yield from generator.generate(prompts)
         return
+    from llm_adapters.acceleration.routing import NO_ADAPTER, using
+
     known = [*getattr(model, "peft_config", ()), NO_ADAPTER]
     if len(adapter_names) != len(prompts):
         raise RequestError(f"{len(adapter_names)} adapter_names for {len(prompts)} prompts: give one for each.")
-    for name in dict.fromkeys(adapter_names):
+    names = list(dict.fromkeys(adapter_names))
+    for name in names:
         if name not in known:
             raise unknown("adapter", name, known)
-    for name in dict.fromkeys(adapter_names):
+    if len(names) > 1:
+        with Generator(model, tokenizer, adapters=names, **options) as generator:
+            if generator.report["engine"] == "own":
+                yield from generator.generate(prompts, adapter_names=adapter_names)
+                return
+    for name in names:
         asked = [index for index, other in enumerate(adapter_names) if other == name]
-        with _answering(model, name), Generator(model, tokenizer, **options) as generator:
+        with using(model, name), Generator(model, tokenizer, **options) as generator:
             for at, generation in generator.generate([prompts[index] for index in asked]):
                 yield asked[at], generation
 
@@ -282,10 +302,12 @@ def context_limit(model: "PreTrainedModel") -> int:
 
     A model without a limit (BLOOM) gives a very large number.
     """
+    from llm_adapters.acceleration.routing import prompt_learning
+
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     limit = next((size for name in names if isinstance(size := getattr(config, name, None), int)), 1 << 40)
-    return limit - (getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0)
+    return limit - (getattr(prompt_learning(model), "num_virtual_tokens", None) or 0)
 
 
 def choose_batch_size(
@@ -330,26 +352,6 @@ def _evaluating(model: Any) -> Iterator[None]:
         base.generation_config = wishes
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def _answering(model: Any, name: str) -> Iterator[None]:
-    """With the adapter `name` alone, or with none; afterwards as it was."""
-    if name == NO_ADAPTER:
-        with model.disable_adapter() if hasattr(model, "peft_config") else contextlib.nullcontext():
-            yield
-        return
-    before, trained = list(model.active_adapters), [p for p in model.parameters() if p.requires_grad]
-    model.set_adapter(name)
-    try:
-        yield
-    finally:
-        model.set_adapter(before[0])
-        if len(before) > 1:
-            model.base_model.set_adapter(before)
-        model.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _out_of_memory(error: Exception) -> bool:

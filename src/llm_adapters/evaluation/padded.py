@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from llm_adapters.acceleration.routing import prompt_learning
 from llm_adapters.evaluation.search import require_numbers
 
 
@@ -49,8 +50,8 @@ def _inputs(model: Any, ids: "torch.Tensor", mask: "torch.Tensor") -> "tuple[Any
     Position ids come from the mask, in transformers' `generate`. PEFT drops them for prompt tuning and p-tuning, and
     puts the learned embeddings before the padding; there the base model is given the embeddings, padding first.
     """
-    peft = getattr(model, "active_peft_config", None)
-    if peft is None or not peft.is_prompt_learning or peft.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
+    peft = prompt_learning(model)
+    if peft is None or peft.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
         return model, {"input_ids": ids, "attention_mask": mask}
     words = model.word_embeddings(ids)
     learned = model.get_prompt(batch_size=len(ids)).to(words.dtype)
