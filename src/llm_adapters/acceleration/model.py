@@ -233,7 +233,7 @@ class Acceleration:
     # --- forwards
 
     @property
-    def adapters(self) -> int:
+    def adapter_count(self) -> int:
         """How many adapters a step may name."""
         return 1 if self.route is None else len(self.route.names)
 

@@ -6,8 +6,8 @@ apart. Keys and values go into the cache here, and the model needs no cache of i
 
 A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
 2023, section 4). Attention multiplies all pages in use at once, where they lie: two batched products, whatever the
-lengths. The prefix that all prompts share is kept once, and is one product for all. With kernels (CPU), the attention
-of each answer reads its pages once instead, and writes nothing but the result.
+lengths. The prefix that all prompts share is kept once for each adapter, and is one product for all its rows. With
+kernels (CPU), the attention of each answer reads its pages once instead, and writes nothing but the result.
 """
 
 import heapq
@@ -130,6 +130,8 @@ class PagedCache:
             own = [pair for (layer, _), pair in sorted(self._prefixes.items()) if layer == index]
             keys, values = zip(*own, strict=True)
             self._stacked[index] = torch.stack(keys), torch.stack(values)
+            for adapter, pair in enumerate(zip(*self._stacked[index], strict=True)):
+                self._prefixes[index, adapter] = pair  # so that they are there once
         return self._stacked.get(index)
 
 
@@ -226,7 +228,7 @@ class Step(Once):
         """The adapter of each row, (tokens,), int64."""
         found = [decoded.adapters.repeat_interleave(decoded.at.shape[1]) for decoded in self.decoded]
         if self.pack is not None:
-            found.append(torch.full((self.pack.tokens - self.pack.prefix,), self.adapter))
+            found.append(torch.full_like(self.pack.input_ids[0, self.pack.prefix :], self.adapter))
         return torch.cat(found)
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:

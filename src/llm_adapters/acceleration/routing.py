@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 NO_ADAPTER = "__base__"  # PEFT's name for it
+_ROUTED = {"LORA", "BOTTLENECK"}  # PEFT's names of the methods that can be another for each row
 
 
 class Route:
@@ -34,8 +35,9 @@ class Route:
 
     def runs(self, rows: int) -> list[tuple[int, slice]]:
         """The same as neighbouring rows of one adapter; those of `NO_ADAPTER` are left out."""
+        which = self.of(rows)
         if self._runs is None:
-            values, counts = self.of(rows).unique_consecutive(return_counts=True)
+            values, counts = which.unique_consecutive(return_counts=True)
             ends = counts.cumsum(0).tolist()
             spans = zip(values.tolist(), counts.tolist(), ends, strict=True)
             self._runs = [(value, slice(end - count, end)) for value, count, end in spans if value >= 0]
@@ -50,8 +52,9 @@ def why_not(model: Any, names: Sequence[str]) -> str | None:
     from llm_adapters.acceleration import layers
     from llm_adapters.bottleneck.layer import BottleneckLayer
 
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        return "the method puts tokens before the sequence"
+    methods = {str(config.peft_type.value) for config in model.peft_config.values()}
+    if strange := sorted(methods - _ROUTED):
+        return f"{', '.join(strange)} cannot be another for each row"
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return "an adapter has its own copy of a module"
@@ -59,7 +62,7 @@ def why_not(model: Any, names: Sequence[str]) -> str | None:
             if any(name in module.bottleneck_prefix for name in names):
                 return "an adapter has a prefix"
         elif isinstance(module, BaseTunerLayer) and not layers.is_plain_lora(module, names):
-            return f"no row of a {type(module).__name__} can have an adapter of its own"
+            return "a LoRA is more than two matrices beside a frozen linear layer (DoRA, a bias, merged, quantised)"
     return None
 
 

@@ -1,8 +1,8 @@
 """The generation engine: continuous batching over the slots of one cache.
 
-The prefix that all prompts share is computed once. Every forward then computes the next tokens of each answer in the
-making and the whole prompts of those that begin, in one row (see `llm_adapters.acceleration.pages`): an answer that
-ends makes room for the next question in the same moment.
+The prefix that all prompts share is computed once, by each adapter that there is. Every forward then computes the next
+tokens of each answer in the making and the whole prompts of those that begin, in one row (see
+`llm_adapters.acceleration.pages`): an answer that ends makes room for the next question in the same moment.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ class Engine:
 
     Args:
         acceleration: the model's, on and frozen, with `packs`.
-        prompts: token ids, none empty; the longest are answered first.
+        prompts: token ids, none empty; of an adapter's, the longest are answered first.
         ends: the tokens that end an answer.
         max_new_tokens: the longest answer.
         num_beams: 1 for greedy decoding.
@@ -64,6 +64,8 @@ class Engine:
         self.cache = PagedCache(self.groups * num_beams, longest, self.device)
         for layer, (keys, values) in enumerate(learned):
             self.cache.keep_prefix(layer, keys, values)
+        if (routes is None) != (acceleration.route is None):
+            raise ValueError("routes are for an acceleration of several adapters, and needed for it")
         self.routes = list(routes) if routes is not None else [0] * len(prompts)
         # Of each adapter; the next one is the last.
         self.waiting: dict[int, list[int]] = {route: [] for route in sorted(set(self.routes))}
@@ -80,7 +82,7 @@ class Engine:
         Args:
             on_token: for greedy decoding, called with the index of a prompt and each token of its answer.
         """
-        for route in range(self.acceleration.adapters) if self.prefix > self.learned else ():
+        for route in range(self.acceleration.adapter_count) if self.prefix > self.learned else ():
             prefix = Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device)
             self._forward([], prefix, None, route)
         told: dict[int, int] = {}
@@ -220,7 +222,7 @@ def why_not(acceleration: Acceleration) -> str | None:
     """Why the engine cannot be used; None where it can, which is tried: some tokens by pieces against all at once."""
     if not acceleration.packs:
         return acceleration.report["packing"]
-    some, adapters = probe_sequences(acceleration.base), acceleration.adapters
+    some, adapters = probe_sequences(acceleration.base), acceleration.adapter_count
     sequences = [some[slot % len(some)] for slot in range(max(len(some), adapters))]
     prefix, steps = 2, (1, 2)  # so many tokens beside each other
     device = acceleration.base.device

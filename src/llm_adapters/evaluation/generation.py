@@ -66,7 +66,7 @@ class Generator:
             why), ``fast_paths`` which of them are on, or why not.
 
     Raises:
-        RequestError: a size below 1.
+        RequestError: a size below 1, or an adapter that the model does not have.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class Generator:
         self.model, self.tokenizer, self.merge, self.own = model, tokenizer, merge, own
         self.max_new_tokens, self.num_beams, self.batch_size = max_new_tokens, num_beams, batch_size
         self.adapters = list(adapters) if adapters is not None else None
+        if adapters is not None:
+            check_names(adapters, adapters_of(model), len(adapters))
         self.ends = end_tokens(model, tokenizer)
         self.report: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
@@ -128,7 +130,8 @@ class Generator:
         on_token: Callable[[int, int], None] | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, long prompts first.
+        """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, an adapter's long prompts
+        first.
 
         A prompt that leaves no room for `max_new_tokens` in the model's context is not asked, never cut: it comes back
         as `skipped`. Where the accelerator's memory is too small for the batch, that is halved, with a warning.
@@ -137,12 +140,16 @@ class Generator:
             prompts: token ids.
             on_token: called with a prompt's index and a token of its answer as soon as it is there, for streaming;
                 with transformers' `generate` and with beams, when the answer has ended.
-            adapter_names: which of the `adapters` answers each prompt.
+            adapter_names: which of the `adapters` answers each prompt, where there are some.
 
         Raises:
-            RequestError: as `check_prompts` does.
+            RequestError: as `check_prompts` does; a name that is none of the `adapters`, not one for each prompt, or
+                the own engine does not take these adapters.
             WorkError: the model's logits are not numbers.
         """
+        if self.adapters is not None and self._acceleration is None:
+            raise RequestError(f"these adapters cannot answer in one batch: {self.report.get('reason', 'closed')}.")
+        check_names(adapter_names, self.adapters, len(prompts))
         skipped = check_prompts(self.model, prompts, self.max_new_tokens)
         yield from ((index, Generation(skipped=True)) for index in sorted(skipped))
         left = [index for index in range(len(prompts)) if index not in skipped]
@@ -249,25 +256,44 @@ def generate(
         with Generator(model, tokenizer, **options) as generator:
             yield from generator.generate(prompts)
         return
-    from llm_adapters.acceleration.routing import NO_ADAPTER, using
+    from llm_adapters.acceleration.routing import using
 
-    known = [*getattr(model, "peft_config", ()), NO_ADAPTER]
-    if len(adapter_names) != len(prompts):
-        raise RequestError(f"{len(adapter_names)} adapter_names for {len(prompts)} prompts: give one for each.")
+    check_names(adapter_names, adapters_of(model), len(prompts))
     names = list(dict.fromkeys(adapter_names))
-    for name in names:
-        if name not in known:
-            raise unknown("adapter", name, known)
     if len(names) > 1:
         with Generator(model, tokenizer, adapters=names, **options) as generator:
             if generator.report["engine"] == "own":
                 yield from generator.generate(prompts, adapter_names=adapter_names)
                 return
+            logger.info("one adapter after the other: %s", generator.report["reason"])
     for name in names:
         asked = [index for index, other in enumerate(adapter_names) if other == name]
         with using(model, name), Generator(model, tokenizer, **options) as generator:
             for at, generation in generator.generate([prompts[index] for index in asked]):
                 yield asked[at], generation
+
+
+def adapters_of(model: "PreTrainedModel") -> list[str]:
+    """The adapters that a prompt may name."""
+    from llm_adapters.acceleration.routing import NO_ADAPTER
+
+    return [*getattr(model, "peft_config", ()), NO_ADAPTER]
+
+
+def check_names(names: Sequence[str] | None, known: Sequence[str] | None, count: int) -> None:
+    """Raise `RequestError` where `names` are not `count` of the `known` adapters, or there are some and none are known,
+    or the other way round."""
+    if known is None and names is not None:
+        raise RequestError("adapter_names are given, and the Generator has no adapters: name them there.")
+    if names is None and known is not None:
+        raise RequestError("the Generator has several adapters: give adapter_names, one for each prompt.")
+    if names is None or known is None:
+        return
+    if len(names) != count:
+        raise RequestError(f"{len(names)} adapter_names for {count} prompts: give one for each.")
+    for name in dict.fromkeys(names):
+        if name not in known:
+            raise unknown("adapter", name, known)
 
 
 def check_prompts(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> set[int]:
