@@ -130,8 +130,8 @@ class Generator:
         on_token: Callable[[int, int], None] | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Generation]]:
-        """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, an adapter's long prompts
-        first.
+        """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, long prompts first (of
+        several adapters, each one's).
 
         A prompt that leaves no room for `max_new_tokens` in the model's context is not asked, never cut: it comes back
         as `skipped`. Where the accelerator's memory is too small for the batch, that is halved, with a warning.
