@@ -81,7 +81,7 @@ ONE_BY_ONE = {  # what cannot be in one batch, and why
     "ia3": ([peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])] * 2, "IA3 cannot"),
     "head": ([LORA, peft.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"])], "own copy of a module"),
     "prefix": ([peft.PrefixTuningConfig(**TUNED)] * 2, "PREFIX_TUNING cannot"),
-    "prompt": ([peft.PromptTuningConfig(**TUNED)] * 2, "PROMPT_TUNING cannot"),
+    "prompt": ([peft.PromptTuningConfig(**TUNED)] * 2, "tokens before the sequence"),
     "llama-adapter": ([peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)] * 2, "ADAPTION_PROMPT cannot"),
     "mam": ([BottleneckConfig(insertion="parallel", placement=("mlp",), prefix_length=3)] * 2, "has a prefix"),
 }
@@ -148,8 +148,8 @@ def test_adapters_that_cannot_be_in_one_batch_answer_one_after_the_other(method)
 
 @pytest.mark.parametrize("method", ROUTED)
 def test_rows_of_several_adapters_in_bfloat16(method):
-    """Weights in blocks, and the kernel on pairs: each row is what its adapter alone makes of it."""
-    model = with_two(ROUTED[method]).to(torch.bfloat16)
+    """Weights in blocks, and the kernel on pairs: rounding brings them no further from float32 than the model's own."""
+    exact, model = (with_two(ROUTED[method]).to(kind) for kind in (torch.float32, torch.bfloat16))
     names, ids = ["other", "__base__", "default"], torch.tensor([make_prompts()[2]])
     with Acceleration(model, frozen=True, adapters=names) as fast:
         assert fast.packs
@@ -158,9 +158,12 @@ def test_rows_of_several_adapters_in_bfloat16(method):
             fast.all_by(number, ids.shape[1])
             found.append(fast.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     for name, rows in zip(names, found, strict=True):
-        with using(model, name), torch.no_grad():
-            expected = fast.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        assert (rows - expected).norm() <= 0.02 * expected.norm()
+        with using(model, name), using(exact, name), torch.no_grad():
+            own, expected = (
+                adapted.get_base_model().base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+                for adapted in (model, exact)
+            )
+        assert (rows.float() - expected).norm() <= 1.5 * (own - expected).norm()
     assert all((found[0] - other).norm() > 0.1 * other.norm() for other in found[1:])
 
 
