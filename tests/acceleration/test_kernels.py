@@ -179,6 +179,26 @@ def test_lora_with_an_adapter_for_each_row(kind: torch.dtype, rows: int, width: 
         layers.frozen_lora(layer, route, packed=False)(x)
 
 
+@pytest.mark.parametrize(("rows", "width", "out", "rank"), [(1, 32, 64, 2), (21, 96, 32, 33)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_lora_in_training(kind: torch.dtype, rows: int, width: int, out: int, rank: int, p: float) -> None:
+    """Against the formula, with the entries dropped that the seed says."""
+    x, weight = torch.randn(rows, width).to(kind), torch.randn(out, width).to(kind)
+    a, b = torch.randn(rank, width), torch.randn(out, rank)
+    torch.manual_seed(7)
+    keep = dropout.drop(torch.ones(rows, width), dropout.drawn(x, p), p) / (1 - p) if p else torch.ones(rows, width)
+    torch.manual_seed(7)
+    found = gradients_of(lambda x, a, b: layers._LoraLinear.apply(x, weight, None, a, b, 0.5, p), x, a, b)
+
+    def formula(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return x @ weight.double().t() + 0.5 * (keep.double() * x) @ a.t() @ b.t()
+
+    expected = gradients_of(formula, *(part.double() for part in (x, a, b)))
+    for mine, exact in zip(found, expected, strict=True):
+        # Two products, and what lies between them, are rounded.
+        assert (mine.double() - exact).abs().max() <= 3 * ROOM[kind] * exact.abs().max()
+
+
 def peft_linear(width: int, out: int, ranks: tuple) -> nn.Module:
     """PEFT's LoRA layer with an adapter of each rank, a0, a1, ..., none at its start."""
     config = LoraConfig(r=ranks[0], lora_alpha=3, target_modules=["0"])

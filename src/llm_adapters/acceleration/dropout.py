@@ -31,7 +31,7 @@ def drop(x: torch.Tensor, mask: torch.Tensor, p: float, scale: float = 1.0) -> t
         return blank(x * scale, mask)
     x = x.contiguous()
     out = torch.empty_like(x)
-    _kernels(x).call("drop", x, out, x.numel(), int(mask), _threshold(p), scale)
+    _kernels(x).call("drop", x, out, x.numel(), int(mask), threshold(p), scale)
     return out
 
 
@@ -40,10 +40,11 @@ def add(out: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, p: float) -> Non
     if mask.dim():
         out += blank(x, mask)
     else:
-        _kernels(x).call("add_dropped", out, x, x.numel(), int(mask), _threshold(p))
+        _kernels(x).call("add_dropped", out, x, x.numel(), int(mask), threshold(p))
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
+    """The hashes below it mean that an entry is dropped."""
     return min(round(p * 2**32), 2**32 - 1)
 
 

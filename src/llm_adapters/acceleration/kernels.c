@@ -483,28 +483,71 @@ static inline void narrowed(Lanes values, T *to, Int count) {
         for (Int i = 0; i < count; i++) to[i] = some[i];
 }
 
-// out += (x down) up, for no more than ROWS rows of one adapter; in and rank are multiples of 32.
-static void some_rows(const T *x, const T *down, const T *up, T *out, Int rows, Int in, Int rank, Int width) {
-    T middle[ROWS * rank];
+// A matrix with these steps between rows and columns, times `scale`, in the order in which `multiply` reads it, filled up
+// with zeros to whole numbers of rows and columns.
+void pair(const float *from, T *to, Int rows, Int columns, Int row_step, Int column_step, Int whole_rows,
+          Int whole_columns, float scale) {
+#pragma omp parallel for schedule(static)
+    for (Int block = 0; block < whole_columns; block += 16)
+        for (Int row = 0; row < whole_rows; row++)
+            for (Int i = 0; i < 16; i++) {
+                Int column = block + i;
+#ifdef BFLOAT16
+                Int place = (block * whole_rows / 2 + row / 2 * 16 + i) * 2 + row % 2;
+#else
+                Int place = block * whole_rows + row * 16 + i;
+#endif
+                int there = row < rows && column < columns;
+                to[place] = put(there ? from[row * row_step + column * column_step] * scale : 0.0f);
+            }
+}
+
+// What dropout does to the product: nothing, to what goes in (forward), to what is added in the end (backward).
+enum { NOWHERE, BEFORE, AFTER };
+
+// out += (x down) up, for no more than ROWS rows of one adapter; `in` is even, `rank` a multiple of 32; `first` is the
+// number of the first row, which says what is dropped. What is between is written to `middle` too, if there is one.
+static void some_rows(const T *x, const T *down, const T *up, T *out, T *middle, Int rows, Int in, Int rank, Int width,
+                      Int first, uint64_t seed, uint32_t threshold, Int dropped) {
+    T own[ROWS * rank], less[dropped == BEFORE ? ROWS * in : 1];
     const T *from[ROWS], *between[ROWS];
-    for (Int row = 0; row < ROWS; row++)  // those that are missing are computed and dropped
-        from[row] = x + (row < rows ? row : 0) * in, between[row] = middle + row * rank;
+    for (Int row = 0; row < ROWS; row++) {  // those that are missing are computed and dropped
+        from[row] = x + (row < rows ? row : 0) * in, between[row] = own + row * rank;
+        if (dropped == BEFORE && row < rows) {
+            uint32_t number = (uint32_t)((first + row) * in);
+#pragma omp simd
+            for (Int i = 0; i < in; i++)
+                less[row * in + i] = kept(number + (uint32_t)i, seed, threshold) ? x[row * in + i] : 0;
+        }
+        if (dropped == BEFORE) from[row] = less + (row < rows ? row : 0) * in;
+    }
     for (Int at = 0; at < rank; at += 32) {
         Lanes sums[2][ROWS] = {0};
         multiply(from, down + at * in, in / 2, sums);
         for (Int block = 0; block < 2; block++)
-            for (Int row = 0; row < ROWS; row++)
-                narrowed(sums[block][row], middle + row * rank + at + 16 * block, 16);
+            for (Int row = 0; row < ROWS; row++) narrowed(sums[block][row], own + row * rank + at + 16 * block, 16);
     }
+    if (middle) memcpy(middle, own, rows * rank * sizeof(T));
     for (Int at = 0; at < width; at += 32) {
         Lanes sums[2][ROWS] = {0};
         for (Int block = 0; block < 2; block++)
-            for (Int row = 0; row < rows; row++)
+            for (Int row = 0; row < rows && dropped != AFTER; row++)
                 sums[block][row] = widened(out + row * width + at + 16 * block, width - at - 16 * block);
         multiply(between, up + at * rank, rank / 2, sums);
         for (Int block = 0; block < 2; block++)
-            for (Int row = 0; row < rows; row++)
-                narrowed(sums[block][row], out + row * width + at + 16 * block, width - at - 16 * block);
+            for (Int row = 0; row < rows; row++) {
+                Int column = at + 16 * block;
+                T *to = out + row * width + column;
+                if (dropped == AFTER) {
+                    float all[16];
+                    memcpy(all, &sums[block][row], 64);
+                    uint32_t number = (uint32_t)((first + row) * width + column);
+#pragma omp simd
+                    for (Int i = 0; i < 16; i++)
+                        to[i] = kept(number + (uint32_t)i, seed, threshold) ? put(get(to[i]) + all[i]) : to[i];
+                } else
+                    narrowed(sums[block][row], to, width - column);
+            }
     }
 }
 
@@ -518,8 +561,19 @@ void lora(const T *x, const Int *which, const T *down, const T *up, T *out, Int 
             Int adapter = which ? which[start] : 0;
             for (stop = start + 1; stop < end && (!which || which[stop] == adapter);) stop++;
             if (adapter >= 0)
-                some_rows(x + start * in, down + adapter * in * rank, up + adapter * rank * whole,
-                          out + start * width, stop - start, in, rank, width);
+                some_rows(x + start * in, down + adapter * in * rank, up + adapter * rank * whole, out + start * width,
+                          NULL, stop - start, in, rank, width, start, 0, 0, NOWHERE);
         }
+    }
+}
+
+// The same for training: one adapter, dropout, and what is between is kept; all sizes are multiples of 32.
+void lora_in_training(const T *x, const T *down, const T *up, T *out, T *middle, Int rows, Int in, Int rank, Int width,
+                      uint64_t seed, uint32_t threshold, Int dropped) {
+#pragma omp parallel for schedule(static)
+    for (Int start = 0; start < rows; start += ROWS) {
+        Int count = start + ROWS < rows ? ROWS : rows - start;
+        some_rows(x + start * in, down, up, out + start * width, middle + start * rank, count, in, rank, width, start,
+                  seed, threshold, dropped);
     }
 }

@@ -51,11 +51,11 @@ def _lora(
     p: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """The layer's output for the rows `x`, and the tensors that `_lora_gradients` needs besides them."""
-    # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
-    a, b = (a / (1.0 - p)).to(x.dtype), (b * scale).to(x.dtype)
     mask = dropout.drawn(x, p) if p else None
-    middle = functional.linear(x if mask is None else dropout.drop(x, mask, p), a)
-    return functional.linear(x, weight, bias).addmm_(middle, b.t()), [weight, a, b, middle, mask]
+    out = functional.linear(x, weight, bias)
+    # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
+    middle = _add_product(out, x, (a.t(), 1.0 / (1.0 - p)), (b.t(), scale), mask, p, _BEFORE)
+    return out, [weight, a, b, middle, mask]
 
 
 def _lora_gradients(
@@ -63,18 +63,80 @@ def _lora_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The gradients of the rows `x` (if `wanted`), of A and of B; `kept` as `_lora` gives it."""
     weight, a, b, middle, mask = kept
-    d_middle = grad @ b
+    if wanted:
+        d_x = grad @ weight
+        d_middle = _add_product(d_x, grad, (b, scale), (a, 1.0 / (1.0 - p)), mask, p, _AFTER)
+    else:
+        d_x, d_middle = None, grad @ (b * scale).to(grad.dtype)
     seen = x if mask is None else dropout.drop(x, mask, p)
     d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - p)
     d_b = (grad.t() @ middle).to(torch.float32).mul_(scale)
-    if not wanted:
-        return None, d_a, d_b
-    d_x = grad @ weight
-    if mask is None:
-        d_x.addmm_(d_middle, a)
-    else:
-        dropout.add(d_x, d_middle @ a, mask, p)
     return d_x, d_a, d_b
+
+
+_NOWHERE, _BEFORE, _AFTER = range(3)  # as in kernels.c
+
+
+def _add_product(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    down: tuple[torch.Tensor, float],
+    up: tuple[torch.Tensor, float],
+    mask: torch.Tensor | None,
+    p: float,
+    dropped: int,
+) -> torch.Tensor:
+    """Add ``x down up``, x dropped before or the product after, to `out`, in place.
+
+    Args:
+        out: (rows, width).
+        x: (rows, in).
+        down: (in, rank), of any precision, and a factor.
+        up: (rank, width), likewise.
+        mask: what is dropped, as `dropout.drawn` gives it; None for nothing.
+        p: with what probability.
+        dropped: `_BEFORE` or `_AFTER`.
+
+    Returns:
+        ``x down``, (rows, rank), in the precision of x.
+    """
+    (rows, width), rank = out.shape, down[0].shape[1]
+    kernel = kernels.of(x)
+    fits = len(x) * max(width, x.shape[1]) < 2**32 and whole(width) == width and whole(x.shape[1]) == x.shape[1]
+    if kernel and fits and down[0].dtype == up[0].dtype == torch.float32:
+        blocks = [paired(*part, x.new_empty(whole(part[0].shape[0]), whole(part[0].shape[1]))) for part in (down, up)]
+        middle = x.new_empty(rows, whole(rank))
+        sizes = rows, x.shape[1], middle.shape[1], width
+        seed = (0, 0, _NOWHERE) if mask is None else (int(mask), dropout.threshold(p), dropped)
+        kernel.call("lora_in_training", x.contiguous(), *blocks, out, middle, *sizes, *seed)
+        return middle[:, :rank]
+    first, second = ((part * factor).to(x.dtype) for part, factor in (down, up))
+    middle = (x if mask is None or dropped == _AFTER else dropout.drop(x, mask, p)) @ first
+    if mask is None or dropped == _BEFORE:
+        out.addmm_(middle, second)
+    else:
+        dropout.add(out, middle @ second, mask, p)
+    return middle
+
+
+def whole(size: int) -> int:
+    """The next size that the LoRA kernels take."""
+    return -(-size // 32) * 32
+
+
+def paired(matrix: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
+    """Write `factor` times a matrix to `out`, in the order that the LoRA kernels read; returns that.
+
+    Args:
+        matrix: float32, (rows, columns), in one piece or the transpose of one that is.
+        factor: a number.
+        out: of `whole` sizes, zeros where the matrix does not reach.
+    """
+    kernel = kernels.of(out)
+    assert kernel is not None
+    sizes = *matrix.shape, *matrix.stride(), *out.shape
+    kernel.call("pair", matrix if matrix.is_contiguous() else matrix.t(), out, *sizes, float(factor))
+    return out
 
 
 def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -152,32 +214,36 @@ def frozen_lora(layer: Any, route: Route | None, packed: bool) -> Any:
     weight, bias = found
     base = weights.linear(weight, bias, packed)
     names = route.names if route is not None else (name,)
-    rank = max((layer.r[name] for name in names if name in layer.lora_A), default=0)
-    if not rank:
-        return base
-    with torch.no_grad():
-        # (adapters, in, rank) and (adapters, rank, out), filled up to what the kernel takes.
-        down = weight.new_zeros(len(names), *map(weights.whole, (weight.shape[1], rank)))
-        up = weight.new_zeros(len(names), *map(weights.whole, (rank, weight.shape[0])))
-        for number, name in enumerate(names):
-            if name in layer.lora_A:
-                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
-                down[number, : a.shape[1], : a.shape[0]] = a.t()
-                up[number, : b.shape[1], : b.shape[0]] = b.t()
-    out_width, width = weight.shape
+    with torch.no_grad():  # of each adapter (in, rank) and (rank, out)
+        pairs = {
+            number: (layer.lora_A[name].weight.t(), (layer.lora_B[name].weight * layer.scaling[name]).t())
+            for number, name in enumerate(names)
+            if name in layer.lora_A
+        }
+        if not pairs:
+            return base
+        out_width, width = weight.shape
+        if kernel := kernels.of(weight):
+            rank = whole(max(up.shape[0] for _, up in pairs.values()))
+            downs = weight.new_zeros(len(names), whole(width), rank)
+            ups = weight.new_zeros(len(names), rank, whole(out_width))
+            for number, (down, up) in pairs.items():
+                paired(down.float(), 1.0, downs[number])
+                paired(up.float(), 1.0, ups[number])
+        else:
+            pairs = {number: (down.to(weight.dtype), up.to(weight.dtype)) for number, (down, up) in pairs.items()}
 
     def by_torch(x: torch.Tensor) -> torch.Tensor:
         out = base(x)
         flat, rows = x.reshape(-1, width), out.view(-1, out_width)
         for number, span in [(0, slice(None))] if route is None else route.runs(len(rows)):
-            rows[span].addmm_(flat[span] @ down[number, :width], up[number, :, :out_width])
+            if number in pairs:
+                rows[span].addmm_(flat[span] @ pairs[number][0], pairs[number][1])
         return out
 
-    kernel = kernels.of(weight)
     if kernel is None:
         return by_torch
-    more, sizes = down.shape[1] - width, (*down.shape[1:], out_width)
-    kind, blocks = weight.dtype, [weights.paired(part) for part in (down, up)]
+    kind, more, sizes = weight.dtype, downs.shape[1] - width, (*downs.shape[1:], out_width)
 
     def by_kernel(x: torch.Tensor) -> torch.Tensor:
         out, count = base(x), x.numel() // width
@@ -185,7 +251,7 @@ def frozen_lora(layer: Any, route: Route | None, packed: bool) -> Any:
             raise TypeError(f"hidden states of {x.dtype} and {out.dtype} in a layer of {kind}")
         which = None if route is None else route.of(count)
         filled = (functional.pad(x, (0, more)) if more else x).contiguous()
-        kernel.call("lora", filled, which, *blocks, out, count, *sizes)
+        kernel.call("lora", filled, which, downs, ups, out, count, *sizes)
         return out
 
     return by_kernel

@@ -46,21 +46,6 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None, packed: bool) -> Cal
     return Packed(weight, bias) if packed else lambda x: functional.linear(x, weight, bias)
 
 
-_COLUMNS = 32  # that the LoRA kernel computes at a time
-
-
-def whole(size: int) -> int:
-    """The next size that the LoRA kernel takes."""
-    return -(-size // _COLUMNS) * _COLUMNS
-
-
-def paired(weight: torch.Tensor) -> torch.Tensor:
-    """A copy of `weight`, (..., rows, columns), both of a `whole` size, in the order in which the LoRA kernel reads it:
-    by 16 columns, and of these two rows at a time, in bfloat16 entry by entry."""
-    pairs = weight.unflatten(-1, (-1, 16)).unflatten(-3, (-1, 2)).movedim(-2, -4)  # (..., blocks, pairs, 2, 16)
-    return (pairs.transpose(-1, -2) if weight.dtype == torch.bfloat16 else pairs).contiguous()
-
-
 def why_not_packed(model: nn.Module) -> str | None:
     """Why the weights of `model` cannot be packed; None where they can."""
     import psutil  # PEFT needs it, so it is there
