@@ -211,6 +211,19 @@ def peft_linear(width: int, out: int, ranks: tuple) -> nn.Module:
     return layer.eval()
 
 
+def test_tensors_of_another_precision_are_refused(kind: torch.dtype) -> None:
+    other = torch.float32 if kind == torch.bfloat16 else torch.bfloat16
+    x = torch.ones(4).to(kind)
+    kernel = kernels.of(x)
+    assert kernel is not None
+    with pytest.raises(TypeError, match=f"a tensor of {other}, where {kind} is needed"):
+        kernel.call("silu_gate", x, x, torch.ones(4).to(other), 4)
+    with pytest.raises(TypeError, match=r"a tensor of torch\.bfloat16, where torch\.float32 is needed"):
+        kernel.call("rms_norm", x, x, x, torch.ones(1, dtype=torch.bfloat16), 1, 4, 1e-5)
+    with pytest.raises(ValueError, match="not in one piece"):
+        kernel.call("silu_gate", torch.ones(4, 2).to(kind)[:, 0], x, x, 4)
+
+
 # --- dropout
 
 

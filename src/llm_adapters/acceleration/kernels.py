@@ -23,6 +23,7 @@ from llm_adapters.files import cache_folder
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _WIDE = ("-mprefer-vector-width=512",)  # compilers think of the clock of older processors
+_EXACT = {"rms_norm": 3, "rms_norm_backward": 3, "cross_entropy": 2, "pair": 0}  # which argument is float32 in any case
 _PRECISIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
 off = False  # for tests and benchmarks: do without them
@@ -30,24 +31,34 @@ _loaded: dict[torch.dtype, "Kernels | str"] = {}
 
 
 class Kernels:
-    """The compiled functions for one precision; every tensor is of it, on the CPU, and in one piece, unless told.
+    """The compiled functions for one precision.
 
     Args:
         library: the loaded library.
+        dtype: the precision.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._library, self._dtype = library, dtype
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call the C function: tensors by address (None: no address), ints as 64 bits, floats as 32."""
-        getattr(self._library, name)(*map(_converted, arguments))
+        """Call the C function: tensors by address (None: no address), ints as 64 bits, floats as 32.
+
+        Raises:
+            TypeError: a tensor of numbers with a fraction is not of the precision (but for `_EXACT`).
+            ValueError: a tensor is not in one piece.
+        """
+        exact = _EXACT.get(name)
+        found = (_converted(a, torch.float32 if at == exact else self._dtype) for at, a in enumerate(arguments))
+        getattr(self._library, name)(*found)
 
 
-def _converted(argument: Any) -> Any:
+def _converted(argument: Any, dtype: torch.dtype) -> Any:
     if isinstance(argument, torch.Tensor):
         if not argument.is_contiguous():
             raise ValueError(f"a tensor of shape {tuple(argument.shape)} is not in one piece")
+        if argument.dtype != dtype and argument.dtype.is_floating_point:
+            raise TypeError(f"a tensor of {argument.dtype}, where {dtype} is needed")
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)
@@ -72,7 +83,7 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 def _load(dtype: torch.dtype) -> Kernels | str:
     try:
-        _loaded[dtype] = Kernels(ctypes.CDLL(str(_compiled(dtype))))
+        _loaded[dtype] = Kernels(ctypes.CDLL(str(_compiled(dtype))), dtype)
     except (OSError, WorkError) as error:
         _loaded[dtype] = str(error)
     return _loaded[dtype]

@@ -161,7 +161,7 @@ def lora_forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: An
 def _lora_parts(layer: Any, kind: torch.dtype) -> tuple[Any, ...] | None:
     """What `_LoraLinear` takes besides hidden states of the precision `kind`; None where it does not fit."""
     weight, name = lora_weight(layer), _only_lora(layer)
-    if weight is None or name is None or kind != weight[0].dtype:
+    if weight is None or name is None or kind != weight[0].dtype or torch.is_autocast_enabled(weight[0].device.type):
         return None
     p = layer.lora_dropout[name].p if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout) else 0.0
     return *weight, layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]), p
@@ -243,12 +243,10 @@ def frozen_lora(layer: Any, route: Route | None, packed: bool) -> Any:
 
     if kernel is None:
         return by_torch
-    kind, more, sizes = weight.dtype, downs.shape[1] - width, (*downs.shape[1:], out_width)
+    more, sizes = downs.shape[1] - width, (*downs.shape[1:], out_width)
 
     def by_kernel(x: torch.Tensor) -> torch.Tensor:
         out, count = base(x), x.numel() // width
-        if x.dtype != kind or out.dtype != kind:
-            raise TypeError(f"hidden states of {x.dtype} and {out.dtype} in a layer of {kind}")
         which = None if route is None else route.of(count)
         filled = (functional.pad(x, (0, more)) if more else x).contiguous()
         kernel.call("lora", filled, which, downs, ups, out, count, *sizes)
