@@ -179,12 +179,16 @@ def test_lora_with_an_adapter_for_each_row(kind: torch.dtype, rows: int, width: 
         layers.frozen_lora(layer, route, packed=False)(x)
 
 
-@pytest.mark.parametrize(("rows", "width", "out", "rank"), [(1, 32, 64, 2), (21, 96, 32, 33)])
+@pytest.mark.parametrize(("rows", "width", "out", "rank"), [(1, 32, 64, 2), (21, 96, 32, 33), (5, 40, 33, 2)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_lora_in_training(kind: torch.dtype, rows: int, width: int, out: int, rank: int, p: float) -> None:
-    """Against the formula, with the entries dropped that the seed says."""
+def test_lora_in_training(
+    kind: torch.dtype, rows: int, width: int, out: int, rank: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the formula, with the entries dropped that the seed says; odd sizes take torch's products."""
+    called, call = [], kernels.Kernels.call
+    monkeypatch.setattr(kernels.Kernels, "call", lambda *args: [called.append(args[1]), call(*args)])
     x, weight = torch.randn(rows, width).to(kind), torch.randn(out, width).to(kind)
-    a, b = torch.randn(rank, width), torch.randn(out, rank)
+    a, b = torch.randn(width, rank + 1).t()[:rank], torch.randn(out, rank)  # A as PEFT's SVD leaves it
     torch.manual_seed(7)
     keep = dropout.drop(torch.ones(rows, width), dropout.drawn(x, p), p) / (1 - p) if p else torch.ones(rows, width)
     torch.manual_seed(7)
@@ -194,6 +198,7 @@ def test_lora_in_training(kind: torch.dtype, rows: int, width: int, out: int, ra
         return x @ weight.double().t() + 0.5 * (keep.double() * x) @ a.t() @ b.t()
 
     expected = gradients_of(formula, *(part.double() for part in (x, a, b)))
+    assert ("lora_in_training" in called) == (width % 32 == out % 32 == 0)
     for mine, exact in zip(found, expected, strict=True):
         # Two products, and what lies between them, are rounded.
         assert (mine.double() - exact).abs().max() <= 3 * ROOM[kind] * exact.abs().max()
@@ -211,6 +216,14 @@ def peft_linear(width: int, out: int, ranks: tuple) -> nn.Module:
     return layer.eval()
 
 
+def test_under_autocast_lora_is_pefts_own() -> None:
+    layer, x = peft_linear(32, 32, (4,)), torch.randn(2, 32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = layers.lora_forward(layer, layer.forward, x)
+        assert torch.equal(found, layer(x))
+    assert found.dtype == torch.bfloat16
+
+
 def test_tensors_of_another_precision_are_refused(kind: torch.dtype) -> None:
     other = torch.float32 if kind == torch.bfloat16 else torch.bfloat16
     x = torch.ones(4).to(kind)
@@ -220,6 +233,8 @@ def test_tensors_of_another_precision_are_refused(kind: torch.dtype) -> None:
         kernel.call("silu_gate", x, x, torch.ones(4).to(other), 4)
     with pytest.raises(TypeError, match=r"a tensor of torch\.bfloat16, where torch\.float32 is needed"):
         kernel.call("rms_norm", x, x, x, torch.ones(1, dtype=torch.bfloat16), 1, 4, 1e-5)
+    with pytest.raises(TypeError, match=r"a tensor of torch\.int32, where torch\.int64 is needed"):
+        kernel.call("cross_entropy", x[None], torch.zeros(1, dtype=torch.int32), torch.empty(1), 1, 4)
     with pytest.raises(ValueError, match="not in one piece"):
         kernel.call("silu_gate", torch.ones(4, 2).to(kind)[:, 0], x, x, 4)
 

@@ -45,7 +45,7 @@ class Kernels:
         """Call the C function: tensors by address (None: no address), ints as 64 bits, floats as 32.
 
         Raises:
-            TypeError: a tensor of numbers with a fraction is not of the precision (but for `_EXACT`).
+            TypeError: a floating tensor is not of the precision (but for `_EXACT`), or another not int64.
             ValueError: a tensor is not in one piece.
         """
         exact = _EXACT.get(name)
@@ -57,8 +57,9 @@ def _converted(argument: Any, dtype: torch.dtype) -> Any:
     if isinstance(argument, torch.Tensor):
         if not argument.is_contiguous():
             raise ValueError(f"a tensor of shape {tuple(argument.shape)} is not in one piece")
-        if argument.dtype != dtype and argument.dtype.is_floating_point:
-            raise TypeError(f"a tensor of {argument.dtype}, where {dtype} is needed")
+        needed = dtype if argument.dtype.is_floating_point else torch.int64
+        if argument.dtype != needed:
+            raise TypeError(f"a tensor of {argument.dtype}, where {needed} is needed")
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)

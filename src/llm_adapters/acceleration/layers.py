@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels, weights
@@ -33,6 +34,7 @@ class _LoraLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, *kept = ctx.saved_tensors
         flat, grad = (t.reshape(-1, t.shape[-1]) for t in (x, gradients[0]))
@@ -75,6 +77,7 @@ def _lora_gradients(
 
 
 _NOWHERE, _BEFORE, _AFTER = range(3)  # as in kernels.c
+_LARGEST_RANK = 128  # the kernel reads both matrices for every few rows: larger ones are in no cache
 
 
 def _add_product(
@@ -102,14 +105,14 @@ def _add_product(
     """
     (rows, width), rank = out.shape, down[0].shape[1]
     kernel = kernels.of(x)
-    fits = len(x) * max(width, x.shape[1]) < 2**32 and whole(width) == width and whole(x.shape[1]) == x.shape[1]
-    if kernel and fits and down[0].dtype == up[0].dtype == torch.float32:
+    fits = rank <= _LARGEST_RANK and all(size == whole(size) for size in (width, x.shape[1]))
+    if kernel and fits and (mask is None or not mask.dim()) and down[0].dtype == up[0].dtype == torch.float32:
         blocks = [paired(*part, x.new_empty(whole(part[0].shape[0]), whole(part[0].shape[1]))) for part in (down, up)]
         middle = x.new_empty(rows, whole(rank))
         sizes = rows, x.shape[1], middle.shape[1], width
         seed = (0, 0, _NOWHERE) if mask is None else (int(mask), dropout.threshold(p), dropped)
         kernel.call("lora_in_training", x.contiguous(), *blocks, out, middle, *sizes, *seed)
-        return middle[:, :rank]
+        return middle[:, :rank].contiguous()
     first, second = ((part * factor).to(x.dtype) for part, factor in (down, up))
     middle = (x if mask is None or dropped == _AFTER else dropout.drop(x, mask, p)) @ first
     if mask is None or dropped == _BEFORE:
@@ -128,12 +131,14 @@ def paired(matrix: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tens
     """Write `factor` times a matrix to `out`, in the order that the LoRA kernels read; returns that.
 
     Args:
-        matrix: float32, (rows, columns), in one piece or the transpose of one that is.
+        matrix: float32, (rows, columns).
         factor: a number.
         out: of `whole` sizes, zeros where the matrix does not reach.
     """
     kernel = kernels.of(out)
     assert kernel is not None
+    if not matrix.t().is_contiguous():
+        matrix = matrix.contiguous()
     sizes = *matrix.shape, *matrix.stride(), *out.shape
     kernel.call("pair", matrix if matrix.is_contiguous() else matrix.t(), out, *sizes, float(factor))
     return out
@@ -442,6 +447,7 @@ class _SiluGateLora(torch.autograd.Function):
         return out.view(*gate.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gate, up, *kept = ctx.saved_tensors
         grad, flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gradients[0], gate, up))
