@@ -151,7 +151,7 @@ def test_rows_of_several_adapters_in_bfloat16(method):
     """Weights in blocks, and the kernel on pairs: rounding brings them no further from float32 than the model's own."""
     exact, model = (with_two(ROUTED[method]).to(kind) for kind in (torch.float32, torch.bfloat16))
     names, ids = ["other", "__base__", "default"], torch.tensor([make_prompts()[2]])
-    with Acceleration(model, frozen=True, adapters=names) as fast:
+    with Acceleration(model, frozen=True, adapters=names) as fast, torch.no_grad():
         assert fast.packs
         found = []
         for number in range(3):
@@ -169,7 +169,7 @@ def test_rows_of_several_adapters_in_bfloat16(method):
 
 def test_layers_are_told_for_the_rows_that_there_are():
     model = with_two(ROUTED["series"])
-    with Acceleration(model, frozen=True, adapters=["default", "other"]) as fast:
+    with Acceleration(model, frozen=True, adapters=["default", "other"]) as fast, torch.no_grad():
         fast.all_by(1, 6)
         fast.base(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]))
         with pytest.raises(RuntimeError, match="adapters were told for 6 rows, and there are 4"):
