@@ -141,7 +141,7 @@ def test_adapters_that_cannot_be_in_one_batch_answer_one_after_the_other(method)
         assert words in generator.report["reason"]
     found = run(model, prompts, adapter_names=names)
     assert {index: answer.tokens for index, answer in found.items()} == expected
-    if method != "ia3":  # which starts as nothing, and stays nearly so
+    if method not in ("ia3", "llama-adapter"):  # which start as nothing, and stay nearly so
         other = by_adapter(model, prompts, [names[(index + 1) % 3] for index in range(len(prompts))])
         assert other != expected
 
