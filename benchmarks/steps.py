@@ -28,7 +28,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "output head and loss in one": {f"{_ACCELERATION}.model.Acceleration._why_no_head": lambda *_: "left out"},
     "packs of 1,024 tokens": {f"{_ACCELERATION}.model._why_not": lambda *_: "left out"},
     "shared prefix": {"llm_adapters.training.batching._shared": lambda _: 0},
-    "LoRA in one function, cheap dropout": {f"{_ACCELERATION}.layers.lora_weight": lambda _: None},
+    "LoRA in one function, cheap dropout": {f"{_ACCELERATION}.lora.lora_weight": lambda _: None},
     "RMS norm, gated MLP, rotary positions": {
         f"{_ACCELERATION}.layers.rms_parts": lambda _: None,
         f"{_ACCELERATION}.layers.is_silu_mlp": lambda _: False,

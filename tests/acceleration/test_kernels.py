@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
-from llm_adapters.acceleration import attention, dropout, head, kernels, layers, rotary
+from llm_adapters.acceleration import attention, dropout, head, kernels, layers, lora, rotary
 from llm_adapters.acceleration.packing import Visible
 from llm_adapters.acceleration.pages import Decoded, PagedCache, Step, decode, store
 from llm_adapters.acceleration.routing import Route
@@ -167,7 +167,7 @@ def test_lora_with_an_adapter_for_each_row(kind: torch.dtype, rows: int, width: 
     x = torch.randn(1, rows, width).to(kind)
     base = layer.base_layer(x)[0]
     with torch.inference_mode():
-        found = layers.frozen_lora(layer, route, packed=False)(x)[0]
+        found = lora.frozen_lora(layer, route, packed=False)(x)[0]
     for row in range(rows):
         name, expected = names[which[row]], base[row].double()
         if name != "__base__":
@@ -176,7 +176,7 @@ def test_lora_with_an_adapter_for_each_row(kind: torch.dtype, rows: int, width: 
         assert_close(found[row], expected.to(kind))
     route.tell(which[1:])
     with pytest.raises(RuntimeError, match=f"told for {rows - 1} rows, and there are {rows}"):
-        layers.frozen_lora(layer, route, packed=False)(x)
+        lora.frozen_lora(layer, route, packed=False)(x)
 
 
 @pytest.mark.parametrize(("rows", "width", "out", "rank"), [(1, 32, 64, 2), (21, 96, 32, 33), (5, 40, 33, 2)])
@@ -192,7 +192,7 @@ def test_lora_in_training(
     torch.manual_seed(7)
     keep = dropout.drop(torch.ones(rows, width), dropout.drawn(x, p), p) / (1 - p) if p else torch.ones(rows, width)
     torch.manual_seed(7)
-    found = gradients_of(lambda x, a, b: layers._LoraLinear.apply(x, weight, None, a, b, 0.5, p), x, a, b)
+    found = gradients_of(lambda x, a, b: lora.LoraLinear.apply(x, weight, None, a, b, 0.5, p), x, a, b)
 
     def formula(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return x @ weight.double().t() + 0.5 * (keep.double() * x) @ a.t() @ b.t()
@@ -219,7 +219,7 @@ def peft_linear(width: int, out: int, ranks: tuple) -> nn.Module:
 def test_under_autocast_lora_is_pefts_own() -> None:
     layer, x = peft_linear(32, 32, (4,)), torch.randn(2, 32)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        found = layers.lora_forward(layer, layer.forward, x)
+        found = lora.lora_forward(layer, layer.forward, x)
         assert torch.equal(found, layer(x))
     assert found.dtype == torch.bfloat16
 

@@ -1,5 +1,12 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+from llm_adapters.acceleration import kernels
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +16,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def functions(request, monkeypatch):
+    """Everything holds with the compiled functions, and with torch's in their place."""
+    monkeypatch.setattr(kernels, "off", request.param == "torch")

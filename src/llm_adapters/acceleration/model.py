@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, kernels, layers, rotary, routing, weights
+from llm_adapters.acceleration import attention, head, kernels, layers, lora, rotary, routing, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.pages import Step
 from llm_adapters.errors import RequestError
 
 ON = "on"
+_ROUTED = {"LORA", "BOTTLENECK"}  # PEFT's names of the methods that can be another for each row
 # How far apart two ways to the same hidden state may be, relative to its size: rounding is, a leak between segments,
 # a wrong position or a wrong norm is not.
 _ROOM = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -38,7 +39,8 @@ class Acceleration:
         report: for each fast path ``"on"``, or why it is off; for the manifest.
 
     Raises:
-        RequestError: the model is sharded (FSDP2). Once it is on, `fully_shard` may be used.
+        RequestError: `adapters` without `frozen`; or the model is sharded (FSDP2; once it is on, `fully_shard` may be
+            used).
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Acceleration:
         merge: bool = False,
         adapters: Sequence[str] | None = None,
     ) -> None:
+        if adapters and not frozen:
+            raise RequestError("several adapters in one forward are for generation: give frozen=True with `adapters`.")
         self.model, self.on, self.frozen, self.merge = model, on, frozen, frozen and merge and not adapters
         self.route = routing.Route(adapters) if adapters else None
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -98,7 +102,7 @@ class Acceleration:
             self._packed, self.report["weights in blocks"] = reason is None, reason or ON
         sequences = probe_sequences(self.base)
         refused = _why_not(self.model, self.base, self.frozen)
-        if self.route is not None and (refused := refused or routing.why_not(self.model, self.route.names)):
+        if self.route is not None and (refused := refused or _why_not_routed(self.model, self.route.names)):
             self.report["packing"] = refused
             return
         with torch.no_grad():
@@ -133,16 +137,16 @@ class Acceleration:
     def _freeze(self, module: nn.Module, merged: bool) -> bool:
         """Give a LoRA layer a forward with weights that stay as they are; whether that was possible."""
         if merged:
-            forward = layers.merged_lora(module, self._packed)
+            forward = lora.merged_lora(module, self._packed)
         else:
-            forward = layers.frozen_lora(module, self.route, self._packed)
+            forward = lora.frozen_lora(module, self.route, self._packed)
         if forward is not None:
             self._set(module, "forward", forward)
         return forward is not None
 
     def _merge(self, sequences: list[list[int]], expected: list[torch.Tensor]) -> None:
         """Merge copies of the LoRA weights, and undo it where the results would not be the same."""
-        adapted = [module for module in self.base.modules() if layers.lora_weight(module) is not None]
+        adapted = [module for module in self.base.modules() if lora.lora_weight(module) is not None]
         mark = len(self._undo)
         count = sum(self._freeze(module, merged=True) for module in adapted)
         if not count:
@@ -159,12 +163,12 @@ class Acceleration:
 
         counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
         # A LoRA layer's forward has its own copy.
-        inside = {id(part) for m in self.base.modules() if layers.lora_weight(m) is not None for part in m.modules()}
+        inside = {id(part) for m in self.base.modules() if lora.lora_weight(m) is not None for part in m.modules()}
         gated: list[nn.Module] = []
         for module in self.base.modules():
-            if layers.lora_weight(module) is not None:
+            if lora.lora_weight(module) is not None:
                 if not self.frozen:
-                    self._set(module, "forward", functools.partial(layers.lora_forward, module, module.forward))
+                    self._set(module, "forward", functools.partial(lora.lora_forward, module, module.forward))
                 elif self._merged or not self._freeze(module, merged=False):
                     continue
                 counts["fused LoRA"] += 1
@@ -338,6 +342,27 @@ def _why_not(model: Any, base: Any, frozen: bool) -> str | None:
     module = inspect.getmodule(type(base))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         return f"{base.config.model_type} has attention code of its own"
+    return None
+
+
+def _why_not_routed(model: Any, names: Sequence[str]) -> str | None:
+    """Why the adapters `names` cannot be computed in one forward, as far as can be said without trying it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    from llm_adapters.bottleneck.layer import BottleneckLayer
+
+    methods = {str(config.peft_type.value) for config in model.peft_config.values()}
+    if strange := sorted(methods - _ROUTED):
+        return f"{', '.join(strange)} cannot be another for each row"
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return "an adapter has its own copy of a module"
+        if isinstance(module, BottleneckLayer):
+            if any(name in module.bottleneck_prefix for name in names):
+                return "an adapter has a prefix"
+        elif isinstance(module, BaseTunerLayer) and not lora.is_plain_lora(module, names):
+            return "a LoRA is more than two matrices beside a frozen linear layer (DoRA, a bias, merged, quantised)"
     return None
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 NO_ADAPTER = "__base__"  # PEFT's name for it
-_ROUTED = {"LORA", "BOTTLENECK"}  # PEFT's names of the methods that can be another for each row
 
 
 class Route:
@@ -42,28 +41,6 @@ class Route:
             spans = zip(values.tolist(), counts.tolist(), ends, strict=True)
             self._runs = [(value, slice(end - count, end)) for value, count, end in spans if value >= 0]
         return self._runs
-
-
-def why_not(model: Any, names: Sequence[str]) -> str | None:
-    """Why the adapters `names` cannot be computed in one forward, as far as can be said without trying it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    from llm_adapters.acceleration import layers
-    from llm_adapters.bottleneck.layer import BottleneckLayer
-
-    methods = {str(config.peft_type.value) for config in model.peft_config.values()}
-    if strange := sorted(methods - _ROUTED):
-        return f"{', '.join(strange)} cannot be another for each row"
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            return "an adapter has its own copy of a module"
-        if isinstance(module, BottleneckLayer):
-            if any(name in module.bottleneck_prefix for name in names):
-                return "an adapter has a prefix"
-        elif isinstance(module, BaseTunerLayer) and not layers.is_plain_lora(module, names):
-            return "a LoRA is more than two matrices beside a frozen linear layer (DoRA, a bias, merged, quantised)"
-    return None
 
 
 def prompt_learning(model: Any) -> Any:
