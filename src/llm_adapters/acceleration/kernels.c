@@ -109,11 +109,12 @@ void silu_gate(const T *gate, const T *up, T *out, Int count) {
     }
 }
 
-void silu_gate_backward(const T *grad, const T *gate, const T *up, T *d_gate, T *d_up, Int count) {
+void silu_gate_backward(const T *grad, const T *gate, const T *up, T *d_gate, T *d_up, T *out, Int count) {
     EACH(count) {
-        float x = get(gate[i]), s = sigmoid(x), g = get(grad[i]);
+        float x = get(gate[i]), s = sigmoid(x), g = get(grad[i]), u = get(up[i]);
         d_up[i] = put(g * x * s);
-        d_gate[i] = put(g * get(up[i]) * (s + x * s * (1.0f - s)));
+        d_gate[i] = put(g * u * (s + x * s * (1.0f - s)));
+        out[i] = put(get(put(x * s)) * u);
     }
 }
 
@@ -502,51 +503,28 @@ void pair(const float *from, T *to, Int rows, Int columns, Int row_step, Int col
             }
 }
 
-// What dropout does to the product: nothing, to what goes in (forward), to what is added in the end (backward).
-enum { NOWHERE, BEFORE, AFTER };
-
-// out += (x down) up, for no more than ROWS rows of one adapter; `in` is even, `rank` a multiple of 32; `first` is the
-// number of the first row, which says what is dropped. What is between is written to `middle` too, if there is one.
-static void some_rows(const T *x, const T *down, const T *up, T *out, T *middle, Int rows, Int in, Int rank, Int width,
-                      Int first, uint64_t seed, uint32_t threshold, Int dropped) {
-    T own[ROWS * rank], less[dropped == BEFORE ? ROWS * in : 1];
+// out += (x down) up, for no more than ROWS rows of one adapter; `in` is even, `rank` a multiple of 32.
+static void some_rows(const T *x, const T *down, const T *up, T *out, Int rows, Int in, Int rank, Int width) {
+    T own[ROWS * rank];
     const T *from[ROWS], *between[ROWS];
-    for (Int row = 0; row < ROWS; row++) {  // those that are missing are computed and dropped
+    for (Int row = 0; row < ROWS; row++)  // those that are missing are computed and dropped
         from[row] = x + (row < rows ? row : 0) * in, between[row] = own + row * rank;
-        if (dropped == BEFORE && row < rows) {
-            uint32_t number = (uint32_t)((first + row) * in);
-#pragma omp simd
-            for (Int i = 0; i < in; i++)
-                less[row * in + i] = kept(number + (uint32_t)i, seed, threshold) ? x[row * in + i] : 0;
-        }
-        if (dropped == BEFORE) from[row] = less + (row < rows ? row : 0) * in;
-    }
     for (Int at = 0; at < rank; at += 32) {
         Lanes sums[2][ROWS] = {0};
         multiply(from, down + at * in, in / 2, sums);
         for (Int block = 0; block < 2; block++)
             for (Int row = 0; row < ROWS; row++) narrowed(sums[block][row], own + row * rank + at + 16 * block, 16);
     }
-    if (middle) memcpy(middle, own, rows * rank * sizeof(T));
     for (Int at = 0; at < width; at += 32) {
         Lanes sums[2][ROWS] = {0};
         for (Int block = 0; block < 2; block++)
-            for (Int row = 0; row < rows && dropped != AFTER; row++)
+            for (Int row = 0; row < rows; row++)
                 sums[block][row] = widened(out + row * width + at + 16 * block, width - at - 16 * block);
         multiply(between, up + at * rank, rank / 2, sums);
         for (Int block = 0; block < 2; block++)
             for (Int row = 0; row < rows; row++) {
                 Int column = at + 16 * block;
-                T *to = out + row * width + column;
-                if (dropped == AFTER) {
-                    float all[16];
-                    memcpy(all, &sums[block][row], 64);
-                    uint32_t number = (uint32_t)((first + row) * width + column);
-#pragma omp simd
-                    for (Int i = 0; i < 16; i++)
-                        to[i] = kept(number + (uint32_t)i, seed, threshold) ? put(get(to[i]) + all[i]) : to[i];
-                } else
-                    narrowed(sums[block][row], to, width - column);
+                narrowed(sums[block][row], out + row * width + column, width - column);
             }
     }
 }
@@ -562,18 +540,243 @@ void lora(const T *x, const Int *which, const T *down, const T *up, T *out, Int 
             for (stop = start + 1; stop < end && (!which || which[stop] == adapter);) stop++;
             if (adapter >= 0)
                 some_rows(x + start * in, down + adapter * in * rank, up + adapter * rank * whole, out + start * width,
-                          NULL, stop - start, in, rank, width, start, 0, 0, NOWHERE);
+                          stop - start, in, rank, width);
         }
     }
 }
 
-// The same for training: one adapter, dropout, and what is between is kept; all sizes are multiples of 32.
-void lora_in_training(const T *x, const T *down, const T *up, T *out, T *middle, Int rows, Int in, Int rank, Int width,
-                      uint64_t seed, uint32_t threshold, Int dropped) {
-#pragma omp parallel for schedule(static)
-    for (Int start = 0; start < rows; start += ROWS) {
-        Int count = start + ROWS < rows ? ROWS : rows - start;
-        some_rows(x + start * in, down, up, out + start * width, middle + start * rank, count, in, rank, width, start,
-                  seed, threshold, dropped);
+// --- products of many rows with frozen weights, and a LoRA on them
+
+#if defined(BFLOAT16) && defined(__AVX512BF16__) && !defined(__AMX_BF16__) // a matrix unit is torch's to use
+#include <omp.h>
+
+#define STRIP 14         // rows at a time: with 32 columns as many sums as registers can hold
+#define UNIT (7 * STRIP) // rows that are read from the second cache again and again
+
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+// sums += rows of x times two blocks of columns of weights, as for `multiply`. From pair to pair of a row it is `along`
+// entries, and to the next row `step`.
+static inline __attribute__((always_inline)) void strip(const T *x, Int step, Int along, const T *weights, Int pairs,
+                                                        __m512 sums[][2], const Int rows) {
+    for (Int i = 0; i < pairs; i++) {
+        __m512bh first = (__m512bh)_mm512_loadu_si512(weights + 32 * i);
+        __m512bh second = (__m512bh)_mm512_loadu_si512(weights + 32 * (pairs + i));
+#pragma GCC unroll 14
+        for (Int row = 0; row < rows; row++) {
+            int pair;
+            memcpy(&pair, x + row * step + i * along, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], first, both);
+            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], second, both);
+        }
     }
 }
+
+static inline __attribute__((always_inline)) void clear(__m512 sums[][2], const Int rows) {
+#pragma GCC unroll 14
+    for (Int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+}
+
+static inline __attribute__((always_inline)) void write(__m512 sums[STRIP][2], T *to, Int step) {
+#pragma GCC unroll 14
+    for (Int row = 0; row < STRIP; row++)
+#pragma GCC unroll 2
+        for (Int block = 0; block < 2; block++)
+            _mm256_storeu_si256((__m256i *)(to + row * step + 16 * block),
+                                (__m256i)_mm512_cvtneps_pbh(sums[row][block]));
+}
+
+// `kept` for 16 neighbours: all bits or none.
+static inline Words kept_words(uint32_t first, uint64_t seed, uint32_t threshold) {
+    const Words count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Words h = count + (first + (uint32_t)seed);
+    h ^= h >> 16;
+    h *= 0x85ebca6b;
+    h ^= (uint32_t)(seed >> 32);
+    h ^= h >> 13;
+    h *= 0xc2b2ae35;
+    return (Words)((h ^ (h >> 16)) >= threshold);
+}
+
+// For 32 neighbours, a bit each.
+static inline __mmask32 kept_bits(uint32_t first, uint64_t seed, uint32_t threshold) {
+    __mmask16 low = _mm512_movepi32_mask((__m512i)kept_words(first, seed, threshold));
+    return low | (__mmask32)_mm512_movepi32_mask((__m512i)kept_words(first + 16, seed, threshold)) << 16;
+}
+
+// 16 rows of 16 pairs, `from_step` entries apart, become 16 rows of those pairs' columns.
+static inline void turned(const T *from, Int from_step, T *to) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (Int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_step);
+#pragma GCC unroll 8
+    for (Int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (Int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+        for (Int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (Int i = 0; i < 4; i++) {
+        __m512i even = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        __m512i more = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        __m512i rest = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+        _mm512_storeu_si512(to + 32 * i, _mm512_shuffle_i32x4(even, more, 0x88));
+        _mm512_storeu_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(odd, rest, 0x88));
+        _mm512_storeu_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(even, more, 0xdd));
+        _mm512_storeu_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(odd, rest, 0xdd));
+    }
+}
+
+// Two rows of 32 neighbours become pairs, of the first 16 and, `step` entries on, of the others.
+static inline void zipped(const __m512i first, const __m512i second, T *to, Int step) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low, second));
+    _mm512_storeu_si512(to + step, _mm512_permutex2var_epi16(first, high, second));
+}
+
+// Two blocks of columns of a matrix (in, width), or if `across` (width, in), in the order in which `strip` reads them.
+static void lay_out(const T *weight, T *to, Int in, Int width, Int column, Int across) {
+    if (across)
+        for (Int block = 0; block < 2; block++)
+            for (Int i = 0; i < in; i += 32)
+                turned(weight + (column + 16 * block) * in + i, in, to + 16 * (block * in + i));
+    else
+        for (Int i = 0; i < in; i += 2) {
+            const T *from = weight + i * width + column;
+            zipped(_mm512_loadu_si512(from), _mm512_loadu_si512(from + width), to + 16 * i, 16 * in);
+        }
+}
+
+// What dropout does to a LoRA: nothing, to what goes in (forward), to what is added in the end (backward).
+enum { NOWHERE, BEFORE, AFTER };
+
+// out = x weight + bias + (x down) up; all widths are multiples of 32; without a LoRA `rank` is 0. The weight is laid
+// out in `blocks`; what is between the LoRA's matrices is written to `middle`, whose rows are a multiple of STRIP.
+void product(const T *x, const T *weight, const T *bias, T *blocks, T *out, const T *down, const T *up, T *middle,
+             Int rows, Int in, Int width, Int rank, Int across, uint64_t seed, uint32_t threshold, Int dropped) {
+    Int units = (rows + UNIT - 1) / UNIT, pieces = width / 32, whole = rows / STRIP * STRIP;
+#pragma omp parallel
+    {
+        T some[STRIP * in], left[STRIP * 32];
+        Int wide = (4 * omp_get_num_threads() + units - 1) / units; // enough units for all threads
+        if (wide > pieces) wide = pieces;
+#pragma omp for schedule(static) nowait
+        for (Int piece = 0; piece < pieces; piece++)
+            lay_out(weight, blocks + piece * 32 * in, in, width, 32 * piece, across);
+#pragma omp for schedule(dynamic)
+        for (Int row = 0; row < (rank ? rows : 0); row += STRIP) {
+            const T *from = x + row * in;
+            if (dropped == BEFORE || row == whole) {
+                Int count = row == whole ? rows - row : STRIP;
+                memcpy(some, from, count * in * sizeof(T));
+                memset(some + count * in, 0, (STRIP - count) * in * sizeof(T));
+                from = some;
+                if (dropped == BEFORE)
+#pragma omp simd
+                    for (Int i = 0; i < STRIP * in; i++)
+                        some[i] = kept((uint32_t)(row * in + i), seed, threshold) ? some[i] : 0;
+            }
+            for (Int at = 0; at < rank; at += 32) {
+                __m512 sums[STRIP][2];
+                clear(sums, STRIP);
+                strip(from, in, 2, down + at * in, in / 2, sums, STRIP);
+                write(sums, middle + row * rank + at, rank);
+            }
+        }
+#pragma omp for schedule(dynamic)
+        for (Int unit = 0; unit < units * wide; unit++) {
+            Int start = unit / wide * UNIT, end = start + UNIT < rows ? start + UNIT : rows, part = unit % wide;
+            if (end > whole) {
+                memcpy(some, x + whole * in, (rows - whole) * in * sizeof(T));
+                memset(some + (rows - whole) * in, 0, (STRIP - rows + whole) * in * sizeof(T));
+            }
+            for (Int piece = part * pieces / wide; piece < (part + 1) * pieces / wide; piece++)
+                for (Int row = start; row < end; row += STRIP) {
+                    Int column = 32 * piece;
+                    __m512 sums[STRIP][2];
+                    clear(sums, STRIP);
+                    if (rank) strip(middle + row * rank, rank, 2, up + column * rank, rank / 2, sums, STRIP);
+                    if (dropped == AFTER)
+#pragma GCC unroll 14
+                        for (Int i = 0; i < STRIP; i++)
+#pragma GCC unroll 2
+                            for (Int block = 0; block < 2; block++) {
+                                uint32_t number = (uint32_t)((row + i) * width + column + 16 * block);
+                                Words stays = kept_words(number, seed, threshold);
+                                sums[i][block] = (__m512)((Words)sums[i][block] & stays);
+                            }
+                    strip(row == whole ? some : x + row * in, in, 2, blocks + column * in, in / 2, sums, STRIP);
+                    if (bias)
+#pragma GCC unroll 14
+                        for (Int i = 0; i < STRIP; i++)
+#pragma GCC unroll 2
+                            for (Int block = 0; block < 2; block++)
+                                sums[i][block] += (__m512)widened(bias + column + 16 * block, 16);
+                    if (row < whole) {
+                        write(sums, out + row * width + column, width);
+                        continue;
+                    }
+                    write(sums, left, 32);
+                    for (Int i = 0; i < rows - whole; i++)
+                        memcpy(out + (whole + i) * width + column, left + 32 * i, 32 * sizeof(T));
+                }
+        }
+    }
+}
+
+#define BAND 2048 // rows whose pairs are in the second cache
+
+// out (rank, width) = scale * (left^T x), left (rows, rank), x (rows, width) with its entries dropped or not.
+void outer(const T *left, const T *x, T *pairs, float *out, Int rows, Int rank, Int width, uint64_t seed,
+           uint32_t threshold, Int dropped, float scale) {
+    for (Int band = 0; band < rows; band += BAND) {
+        Int count = rows - band < BAND ? rows - band : BAND, even = (count + 1) / 2 * 2;
+        const T *from = x + band * width;
+#pragma omp parallel
+        {
+            T own[even * 32];
+#pragma omp for schedule(static)
+            for (Int i = 0; i < count; i += 2)
+                for (Int at = 0; at < rank; at += 32) {
+                    const T *two = left + (band + i) * rank + at;
+                    __m512i second = i + 1 < count ? _mm512_loadu_si512(two + rank) : _mm512_setzero_si512();
+                    zipped(_mm512_loadu_si512(two), second, pairs + i * rank + 2 * at, 32);
+                }
+#pragma omp for schedule(dynamic)
+            for (Int column = 0; column < width; column += 32) {
+                for (Int i = 0; i < even; i += 2) {
+                    __m512i both[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+                    for (Int j = 0; j < 2 && i + j < count; j++) {
+                        uint32_t number = (uint32_t)((band + i + j) * width + column);
+                        __mmask32 stays = dropped ? kept_bits(number, seed, threshold) : 0xffffffff;
+                        both[j] = _mm512_maskz_loadu_epi16(stays, from + (i + j) * width + column);
+                    }
+                    zipped(both[0], both[1], own + 16 * i, 16 * even);
+                }
+                for (Int at = 0; at < rank; at += ROWS) {
+                    __m512 sums[ROWS][2];
+                    clear(sums, ROWS);
+                    strip(pairs + 2 * at, 2, 2 * rank, own, even / 2, sums, ROWS);
+                    for (Int row = 0; row < ROWS; row++)
+                        for (Int block = 0; block < 2; block++) {
+                            float *to = out + (at + row) * width + column + 16 * block;
+                            Lanes sum = (Lanes)sums[row][block] * scale, before = {0};
+                            if (band) memcpy(&before, to, 64);
+                            sum += before;
+                            memcpy(to, &sum, 64);
+                        }
+                }
+            }
+        }
+    }
+}
+#endif

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels, weights
-from llm_adapters.acceleration.lora import lora_forward, lora_gradients, lora_output, lora_parts
+from llm_adapters.acceleration.lora import input_gradient, lora_forward, lora_output, lora_parts, weight_gradients
 from llm_adapters.acceleration.packing import rounded
 from llm_adapters.acceleration.routing import Route
 
@@ -168,14 +168,17 @@ def _silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def _silu_gate_gradients(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `_silu_gate`'s factors."""
+def _silu_gate_gradients(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `_silu_gate`'s factors, and its result again."""
     if kernel := kernels.of(gate):
         grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        kernel.call("silu_gate_backward", grad, gate, up, d_gate, d_up, gate.numel())
-        return d_gate, d_up
-    return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
+        d_gate, d_up, out = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+        kernel.call("silu_gate_backward", grad, gate, up, d_gate, d_up, out, gate.numel())
+        return d_gate, d_up, out
+    active = functional.silu(gate)
+    return torch.ops.aten.silu_backward(grad * up, gate), active * grad, active.mul_(up)
 
 
 class _SiluGate(torch.autograd.Function):
@@ -189,7 +192,7 @@ class _SiluGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return _silu_gate_gradients(gradients[0], *ctx.saved_tensors)
+        return _silu_gate_gradients(gradients[0], *ctx.saved_tensors)[:2]
 
 
 class _SiluGateLora(torch.autograd.Function):
@@ -210,9 +213,10 @@ class _SiluGateLora(torch.autograd.Function):
         gate, up, *kept = ctx.saved_tensors
         grad, flat_gate, flat_up = (t.reshape(-1, t.shape[-1]) for t in (gradients[0], gate, up))
         scale, p = ctx.constants
-        d_x, d_a, d_b = lora_gradients(grad, _silu_gate(flat_gate, flat_up), kept, scale, p, True)
+        d_x, between = input_gradient(grad, kept, scale, p, True)
         assert d_x is not None
-        d_gate, d_up = _silu_gate_gradients(d_x, flat_gate, flat_up)
+        d_gate, d_up, x = _silu_gate_gradients(d_x, flat_gate, flat_up)
+        d_a, d_b = weight_gradients(grad, x, between, kept, scale, p)
         return d_gate.view_as(gate), d_up.view_as(up), None, None, d_a, d_b, None, None
 
 

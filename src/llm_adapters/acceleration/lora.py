@@ -12,7 +12,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from llm_adapters.acceleration import dropout, kernels, weights
+from llm_adapters.acceleration import dropout, kernels, products, weights
+from llm_adapters.acceleration.products import Added, paired, whole
 from llm_adapters.acceleration.routing import Route
 
 
@@ -35,7 +36,8 @@ class LoraLinear(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         flat, grad = (t.reshape(-1, t.shape[-1]) for t in (x, gradients[0]))
         scale, p = ctx.constants
-        d_x, d_a, d_b = lora_gradients(grad, flat, kept, scale, p, ctx.needs_input_grad[0])
+        d_x, between = input_gradient(grad, kept, scale, p, ctx.needs_input_grad[0])
+        d_a, d_b = weight_gradients(grad, flat, between, kept, scale, p)
         return None if d_x is None else d_x.view_as(x), None, None, d_a, d_b, None, None
 
 
@@ -48,96 +50,30 @@ def lora_output(
     scale: float,
     p: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The layer's output for the rows `x`, and the tensors that `lora_gradients` needs besides them."""
+    """The layer's output for the rows `x`, and the tensors that the functions below need besides them."""
     mask = dropout.drawn(x, p) if p else None
-    out = functional.linear(x, weight, bias)
     # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
-    middle = _add_product(out, x, (a.t(), 1.0 / (1.0 - p)), (b.t(), scale), mask, p, _BEFORE)
+    added = Added((a.t(), 1.0 / (1.0 - p)), (b.t(), scale), mask, p, products.BEFORE)
+    out, middle = products.product(x, weight.t(), bias, added)
     return out, [weight, a, b, middle, mask]
 
 
-def lora_gradients(
-    grad: torch.Tensor, x: torch.Tensor, kept: Any, scale: float, p: float, wanted: bool
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of the rows `x` (if `wanted`), of A and of B; `kept` as `lora_output` gives it."""
-    weight, a, b, middle, mask = kept
-    if wanted:
-        d_x = grad @ weight
-        d_middle = _add_product(d_x, grad, (b, scale), (a, 1.0 / (1.0 - p)), mask, p, _AFTER)
-    else:
-        d_x, d_middle = None, grad @ (b * scale).to(grad.dtype)
-    seen = x if mask is None else dropout.drop(x, mask, p)
-    d_a = (d_middle.t() @ seen).to(torch.float32).div_(1.0 - p)
-    d_b = (grad.t() @ middle).to(torch.float32).mul_(scale)
-    return d_x, d_a, d_b
+def input_gradient(
+    grad: torch.Tensor, kept: Any, scale: float, p: float, wanted: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The gradients of the rows (if `wanted`) and of what is between A and B; `kept` as `lora_output` gives it."""
+    weight, a, b, _, mask = kept
+    if not wanted:
+        return None, grad @ (b * scale).to(grad.dtype)
+    return products.product(grad, weight, None, Added((b, scale), (a, 1.0 / (1.0 - p)), mask, p, products.AFTER))
 
 
-_NOWHERE, _BEFORE, _AFTER = range(3)  # as in kernels.c
-_LARGEST_RANK = 128  # the kernel reads both matrices for every few rows: larger ones are in no cache
-
-
-def _add_product(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    down: tuple[torch.Tensor, float],
-    up: tuple[torch.Tensor, float],
-    mask: torch.Tensor | None,
-    p: float,
-    dropped: int,
-) -> torch.Tensor:
-    """Add ``x down up``, x dropped before or the product after, to `out`, in place.
-
-    Args:
-        out: (rows, width).
-        x: (rows, in).
-        down: (in, rank), of any precision, and a factor.
-        up: (rank, width), likewise.
-        mask: what is dropped, as `dropout.drawn` gives it; None for nothing.
-        p: with what probability.
-        dropped: `_BEFORE` or `_AFTER`.
-
-    Returns:
-        ``x down``, (rows, rank), in the precision of x.
-    """
-    (rows, width), rank = out.shape, down[0].shape[1]
-    kernel = kernels.of(x)
-    fits = rank <= _LARGEST_RANK and all(size == whole(size) for size in (width, x.shape[1]))
-    if kernel and fits and (mask is None or not mask.dim()) and down[0].dtype == up[0].dtype == torch.float32:
-        blocks = [paired(*part, x.new_empty(whole(part[0].shape[0]), whole(part[0].shape[1]))) for part in (down, up)]
-        middle = x.new_empty(rows, whole(rank))
-        sizes = rows, x.shape[1], middle.shape[1], width
-        seed = (0, 0, _NOWHERE) if mask is None else (int(mask), dropout.threshold(p), dropped)
-        kernel.call("lora_in_training", x.contiguous(), *blocks, out, middle, *sizes, *seed)
-        return middle[:, :rank].contiguous()
-    first, second = ((part * factor).to(x.dtype) for part, factor in (down, up))
-    middle = (x if mask is None or dropped == _AFTER else dropout.drop(x, mask, p)) @ first
-    if mask is None or dropped == _BEFORE:
-        out.addmm_(middle, second)
-    else:
-        dropout.add(out, middle @ second, mask, p)
-    return middle
-
-
-def whole(size: int) -> int:
-    """The next size that the LoRA kernels take."""
-    return -(-size // 32) * 32
-
-
-def paired(matrix: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
-    """Write `factor` times a matrix to `out`, in the order that the LoRA kernels read; returns that.
-
-    Args:
-        matrix: float32, (rows, columns).
-        factor: a number.
-        out: of `whole` sizes, zeros where the matrix does not reach.
-    """
-    kernel = kernels.of(out)
-    assert kernel is not None
-    if not matrix.t().is_contiguous():
-        matrix = matrix.contiguous()
-    sizes = *matrix.shape, *matrix.stride(), *out.shape
-    kernel.call("pair", matrix if matrix.is_contiguous() else matrix.t(), out, *sizes, float(factor))
-    return out
+def weight_gradients(
+    grad: torch.Tensor, x: torch.Tensor, between: torch.Tensor, kept: Any, scale: float, p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of A and B for the rows `x`; `between` as `input_gradient` gives it."""
+    _, _, _, middle, mask = kept
+    return products.outer(between, x, 1.0 / (1.0 - p), mask, p), products.outer(middle, grad, scale).t()
 
 
 def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, kernels, layers, lora, rotary, routing, weights
+from llm_adapters.acceleration import attention, head, kernels, layers, lora, products, rotary, routing, weights
 from llm_adapters.acceleration.memory import keep_memory
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.pages import Step
@@ -161,7 +161,8 @@ class Acceleration:
     def _install_layers(self) -> None:
         from llm_adapters.bottleneck.layer import BottleneckLayer
 
-        counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP"), 0)
+        counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "products"), 0)
+        output = self.base.get_output_embeddings()
         # A LoRA layer's forward has its own copy.
         inside = {id(part) for m in self.base.modules() if lora.lora_weight(m) is not None for part in m.modules()}
         gated: list[nn.Module] = []
@@ -175,6 +176,9 @@ class Acceleration:
             elif self._packed and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
                 if id(module) not in inside:
                     self._set(module, "forward", weights.Packed(module.weight, module.bias))
+            elif not self.frozen and module is not output and id(module) not in inside and products.takes(module):
+                counts["products"] += 1
+                self._set(module, "forward", functools.partial(products.linear_forward, module, module.forward))
             elif isinstance(module, BottleneckLayer):
                 delta = functools.partial(layers.frozen_delta, module, {}, self._packed) if self.frozen else None
                 self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))

@@ -1,0 +1,182 @@
+"""Products of many rows with frozen weights, a LoRA's beside them in the same pass, and the gradients of its matrices.
+
+With kernels where the processor multiplies pairs of bfloat16; elsewhere with torch's functions.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from llm_adapters.acceleration import dropout, kernels
+
+NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in kernels.c
+_STRIP = 14  # rows that the kernels take at a time
+_FEWEST = 64  # rows for which it is worth laying out a weight
+
+
+class Added(NamedTuple):
+    """A LoRA beside a product: ``x down up``, x dropped before or the result after.
+
+    Args:
+        down: (in, rank), of any precision, and a factor.
+        up: (rank, width), likewise.
+        mask: what is dropped, as `dropout.drawn` gives it; None for nothing.
+        p: with what probability.
+        at: `BEFORE` or `AFTER`.
+    """
+
+    down: tuple[torch.Tensor, float]
+    up: tuple[torch.Tensor, float]
+    mask: torch.Tensor | None
+    p: float
+    at: int
+
+
+def _seed(mask: torch.Tensor | None, p: float, at: int) -> tuple[int, int, int]:
+    return (0, 0, NOWHERE) if mask is None else (int(mask), dropout.threshold(p), at)
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, added: Added | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``x weight + bias``, and what is `added`.
+
+    Args:
+        x: (rows, in).
+        weight: (in, width), a matrix in one piece or the transpose of one.
+        bias: (width,) or None.
+        added: a LoRA.
+
+    Returns:
+        (rows, width), and what is between the matrices of `added`, (rows, rank), in the precision of x.
+    """
+    kernel, fits = _kernel(x, *weight.shape), added is None or _fits(added)
+    if kernel is None or not fits:
+        out = functional.linear(x, weight.t(), bias)
+        return out, None if added is None else _add(out, x, added)
+    across = not weight.is_contiguous()
+    if across and not weight.t().is_contiguous():
+        weight, across = weight.contiguous(), False
+    (rows, into), width = x.shape, weight.shape[1]
+    # What is kept comes first: what is freed at once leaves no holes then.
+    out, middle, pairs, seed = x.new_empty(rows, width), None, [None, None], _seed(None, 0.0, NOWHERE)
+    rank = 0 if added is None else whole(added.up[0].shape[0])
+    if added is not None:
+        middle = x.new_empty(-(-rows // _STRIP) * _STRIP, rank)
+        pairs = [paired(*part, x.new_empty(whole(part[0].shape[0]), whole(part[0].shape[1]))) for part in added[:2]]
+        seed = _seed(*added[2:])
+    matrix, blocks = weight.t() if across else weight, x.new_empty(into * width)
+    sizes = rows, into, width, rank, across
+    kernel.call("product", x.contiguous(), matrix, bias, blocks, out, *pairs, middle, *sizes, *seed)
+    return out, None if added is None or middle is None else middle[:rows, : added.up[0].shape[0]].contiguous()
+
+
+def outer(
+    left: torch.Tensor,
+    x: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    p: float = 0.0,
+) -> torch.Tensor:
+    """``scale * left^T x``, with the entries of `x` dropped that `mask` says.
+
+    Args:
+        left: (rows, rank).
+        x: (rows, width).
+        scale: a factor.
+        mask: as `dropout.drawn` gives it; None for nothing.
+        p: with what probability.
+
+    Returns:
+        (rank, width), float32.
+    """
+    (rows, rank), width = left.shape, x.shape[1]
+    kernel = _kernel(x, rank, width)
+    if kernel is None or not (mask is None or not mask.dim()):
+        seen = x if mask is None else dropout.drop(x, mask, p)
+        return (left.t() @ seen).to(torch.float32).mul_(scale)
+    out, pairs = x.new_empty(rank, width, dtype=torch.float32), x.new_empty((rows + 1) // 2 * 2 * rank)
+    sizes = rows, rank, width
+    kernel.call("outer", left.contiguous(), x.contiguous(), pairs, out, *sizes, *_seed(mask, p, BEFORE), scale)
+    return out
+
+
+def _kernel(x: torch.Tensor, into: int, width: int) -> kernels.Kernels | None:
+    """The kernels, if they have products and these sizes are theirs."""
+    kernel = kernels.of(x)
+    if kernel is None or not kernel.multiplies or len(x) < _FEWEST or into % 32 or width % 32:
+        return None
+    return kernel
+
+
+def _fits(added: Added) -> bool:
+    seeded = added.mask is None or not added.mask.dim()
+    return seeded and added.down[0].dtype == added.up[0].dtype == torch.float32
+
+
+def _add(out: torch.Tensor, x: torch.Tensor, added: Added) -> torch.Tensor:
+    """Add to `out`, in place, with torch's functions; returns what is between."""
+    mask, p = added.mask, added.p
+    first, second = ((part * factor).to(x.dtype) for part, factor in (added.down, added.up))
+    middle = (x if mask is None or added.at == AFTER else dropout.drop(x, mask, p)) @ first
+    if mask is None or added.at == BEFORE:
+        out.addmm_(middle, second)
+    else:
+        dropout.add(out, middle @ second, mask, p)
+    return middle
+
+
+def whole(size: int) -> int:
+    """The next size that the kernels take."""
+    return -(-size // 32) * 32
+
+
+def paired(matrix: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
+    """Write `factor` times a matrix to `out`, in the order that the kernels read; returns that.
+
+    Args:
+        matrix: float32, (rows, columns).
+        factor: a number.
+        out: of `whole` sizes, zeros where the matrix does not reach.
+    """
+    kernel = kernels.of(out)
+    assert kernel is not None
+    if not matrix.t().is_contiguous():
+        matrix = matrix.contiguous()
+    sizes = *matrix.shape, *matrix.stride(), *out.shape
+    kernel.call("pair", matrix if matrix.is_contiguous() else matrix.t(), out, *sizes, float(factor))
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """``x W^T + b`` with both frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return product(x.reshape(-1, x.shape[-1]), weight.t(), bias)[0].view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        grad = gradients[0]
+        return product(grad.reshape(-1, grad.shape[-1]), weight)[0].view(*grad.shape[:-1], -1), None, None
+
+
+def takes(layer: nn.Module) -> bool:
+    """Whether `layer` is a frozen linear layer that `linear_forward` makes faster."""
+    if type(layer) is not nn.Linear or any(p.requires_grad for p in layer.parameters()):
+        return False
+    kernel = kernels.of(layer.weight)
+    return kernel is not None and kernel.multiplies
+
+
+def linear_forward(layer: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer whose weights are frozen; `own` is its forward, for whatever this one does not do."""
+    if x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return own(x)
+    return _Linear.apply(x, layer.weight, layer.bias)
