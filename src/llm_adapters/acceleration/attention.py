@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llm_adapters.acceleration import kernels, pages
+from llm_adapters.acceleration.memory import empty
 from llm_adapters.acceleration.packing import Band, Pack, Visible
 
 NAME = "llm_adapters_packed"
@@ -152,7 +153,7 @@ class _Packed(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         heads, tokens, _ = query.shape
-        out = query.new_empty(tokens, heads, value.shape[-1])
+        out = empty(query, tokens, heads, value.shape[-1])
         kept = []
         for band in pack.bands:
             queries = _segments(query, band, len(key)).mul_(scale)
@@ -179,7 +180,7 @@ class _Packed(torch.autograd.Function):
         groups = len(key)
         grad = gradients[0].transpose(0, 1)  # (heads, tokens, width)
         # (tokens, heads, width), as the projections have it.
-        d_query, d_key, d_value = (t.new_empty(t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
+        d_query, d_key, d_value = (empty(t, t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
         for whole in (d_query, d_key, d_value):
             whole[pack.end :] = 0
         if prefix:
@@ -256,7 +257,7 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, visible: Visible, row
     Returns:
         (segments * key-value heads, heads of each * rows, columns).
     """
-    scores = torch.bmm(query, key.transpose(1, 2))
+    scores = torch.bmm(query, key.transpose(1, 2), out=empty(query, *query.shape[:2], key.shape[1]))
     count, columns = rows.stop - rows.start, key.shape[1]
     by_segment = scores.view(len(visible.lengths), -1, count, columns)
     if kernel := kernels.of(scores):

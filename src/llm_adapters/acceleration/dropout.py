@@ -11,6 +11,7 @@ import math
 import torch
 
 from llm_adapters.acceleration import kernels
+from llm_adapters.acceleration.memory import empty
 
 
 def drawn(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -30,7 +31,7 @@ def drop(x: torch.Tensor, mask: torch.Tensor, p: float, scale: float = 1.0) -> t
     if mask.dim():
         return blank(x * scale, mask)
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = empty(x, *x.shape)
     _kernels(x).call("drop", x, out, x.numel(), int(mask), threshold(p), scale)
     return out
 

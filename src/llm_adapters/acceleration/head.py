@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llm_adapters.acceleration import kernels
+from llm_adapters.acceleration.memory import empty
 from llm_adapters.acceleration.packing import rounded
 
 # Of logits at once: enough rows for the product to run at full speed, and memory that the C library keeps (32 MiB).
@@ -25,9 +26,9 @@ class _HeadLoss(torch.autograd.Function):
         # Equal shares, as the product of a small rest is slow.
         rows = rounded(-(-len(hidden) // max(1, -(-len(hidden) // most))), _ROWS)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = empty(hidden, *hidden.shape) if wanted else None
         # The same buffers for all chunks: fresh memory for so many logits costs more than their softmax.
-        logits_buffer = hidden.new_empty(rows, len(weight))
+        logits_buffer = empty(hidden, rows, len(weight))
         kernel = kernels.of(hidden)
         exact_buffer = hidden.new_empty(0 if kernel else _ROWS, len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), rows):

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels, weights
 from llm_adapters.acceleration.lora import input_gradient, lora_forward, lora_output, lora_parts, weight_gradients
+from llm_adapters.acceleration.memory import empty
 from llm_adapters.acceleration.packing import rounded
 from llm_adapters.acceleration.routing import Route
 
@@ -96,7 +97,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if kernel := kernels.of(x):
-            x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+            x, out = x.contiguous(), empty(x, *x.shape)
             inverse = torch.empty(*x.shape[:-1], 1)
             kernel.call("rms_norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], eps)
         else:
@@ -112,7 +113,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors  # with a kernel, not x but the result
         (grad,) = gradients
         if kernel := kernels.of(x):
-            out = torch.empty_like(x)
+            out = empty(x, *x.shape)
             parts = grad.contiguous(), x, weight, inverse, out
             kernel.call("rms_norm_backward", *parts, inverse.numel(), x.shape[-1])
             return out, None, None
@@ -162,7 +163,7 @@ def _silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up``."""
     if kernel := kernels.of(gate):
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
+        out = empty(gate, *gate.shape)
         kernel.call("silu_gate", gate, up, out, gate.numel())
         return out
     return functional.silu(gate).mul_(up)
@@ -174,7 +175,7 @@ def _silu_gate_gradients(
     """The gradients of `_silu_gate`'s factors, and its result again."""
     if kernel := kernels.of(gate):
         grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-        d_gate, d_up, out = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+        d_gate, d_up, out = (empty(gate, *gate.shape) for _ in range(3))
         kernel.call("silu_gate_backward", grad, gate, up, d_gate, d_up, out, gate.numel())
         return d_gate, d_up, out
     active = functional.silu(gate)

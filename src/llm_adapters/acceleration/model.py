@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.acceleration import attention, head, kernels, layers, lora, products, rotary, routing, weights
-from llm_adapters.acceleration.memory import keep_memory
+from llm_adapters.acceleration import attention, head, kernels, layers, lora, memory, products, rotary, routing, weights
 from llm_adapters.acceleration.packing import Pack
 from llm_adapters.acceleration.pages import Step
 from llm_adapters.errors import RequestError
@@ -83,6 +82,7 @@ class Acceleration:
         """Give the model its own forwards back."""
         while self._undo:
             self._undo.pop()()
+        memory.trim()
 
     @property
     def packs(self) -> bool:
@@ -95,7 +95,7 @@ class Acceleration:
             self.report = dict.fromkeys(("packing", "shared prefix", "fused head"), "not asked for")
             return
         if self.base.device.type == "cpu":
-            self.report["kept memory"] = ON if keep_memory() else "the C library has no mallopt"
+            self.report["kept memory"] = ON if memory.keep_memory() else "the C library has no mallopt"
             self.report["kernels"] = kernels.why_not(self.base.dtype) or ON
         if self.frozen:
             reason = weights.why_not_packed(self.base)
@@ -161,7 +161,9 @@ class Acceleration:
     def _install_layers(self) -> None:
         from llm_adapters.bottleneck.layer import BottleneckLayer
 
-        counts = dict.fromkeys(("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "products"), 0)
+        counts = dict.fromkeys(
+            ("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "products"), 0
+        )
         output = self.base.get_output_embeddings()
         # A LoRA layer's forward has its own copy.
         inside = {id(part) for m in self.base.modules() if lora.lora_weight(m) is not None for part in m.modules()}

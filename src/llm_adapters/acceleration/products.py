@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels
+from llm_adapters.acceleration.memory import empty
 
 NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in kernels.c
 _STRIP = 14  # rows that the kernels take at a time
@@ -61,14 +62,13 @@ def product(
     if across and not weight.t().is_contiguous():
         weight, across = weight.contiguous(), False
     (rows, into), width = x.shape, weight.shape[1]
-    # What is kept comes first: what is freed at once leaves no holes then.
-    out, middle, pairs, seed = x.new_empty(rows, width), None, [None, None], _seed(None, 0.0, NOWHERE)
+    out, middle, pairs, seed = empty(x, rows, width), None, [None, None], _seed(None, 0.0, NOWHERE)
     rank = 0 if added is None else whole(added.up[0].shape[0])
     if added is not None:
-        middle = x.new_empty(-(-rows // _STRIP) * _STRIP, rank)
+        middle = empty(x, -(-rows // _STRIP) * _STRIP, rank)
         pairs = [paired(*part, x.new_empty(whole(part[0].shape[0]), whole(part[0].shape[1]))) for part in added[:2]]
         seed = _seed(*added[2:])
-    matrix, blocks = weight.t() if across else weight, x.new_empty(into * width)
+    matrix, blocks = weight.t() if across else weight, empty(x, into * width)
     sizes = rows, into, width, rank, across
     kernel.call("product", x.contiguous(), matrix, bias, blocks, out, *pairs, middle, *sizes, *seed)
     return out, None if added is None or middle is None else middle[:rows, : added.up[0].shape[0]].contiguous()

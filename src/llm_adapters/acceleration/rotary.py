@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llm_adapters.acceleration import kernels
+from llm_adapters.acceleration.memory import empty
 
 FUNCTION = "apply_rotary_pos_emb"
 
@@ -49,7 +50,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -
     once = cos.shape == (batch, 1, tokens, width) and cos.is_contiguous() and sin.is_contiguous()
     if kernel is None or cos.dtype != x.dtype or not once or not rows.is_contiguous():
         return None
-    out = torch.empty_like(rows)
+    out = empty(rows, *rows.shape)
     kernel.call("rotate", rows, cos, sin, out, batch * tokens, heads, width, int(back))
     return out.transpose(1, 2)
 
