@@ -8,6 +8,7 @@ from torch import nn
 from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.memory import empty
 from llm_adapters.acceleration.packing import rounded
+from llm_adapters.acceleration.products import product
 
 # Of logits at once: enough rows for the product to run at full speed, and memory that the C library keeps (32 MiB).
 CHUNK_BYTES = 31 * 2**20
@@ -35,9 +36,7 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             count = len(targets[part])
             logits = logits_buffer[: rounded(count, _ROWS)]
-            torch.mm(_filled(hidden[part]), weight.t(), out=logits)
-            if bias is not None:
-                logits += bias
+            product(_filled(hidden[part]), weight.t(), bias, out=logits)
             if kernel:
                 if int(targets[part].max()) >= len(weight):
                     raise IndexError(f"label {int(targets[part].max())} of a vocabulary of {len(weight)}")

@@ -659,31 +659,24 @@ static void lay_out(const T *weight, T *to, Int in, Int width, Int column, Int a
 // What dropout does to a LoRA: nothing, to what goes in (forward), to what is added in the end (backward).
 enum { NOWHERE, BEFORE, AFTER };
 
-// out = x weight + bias + (x down) up; all widths are multiples of 32; without a LoRA `rank` is 0. The weight is laid
-// out in `blocks`; what is between the LoRA's matrices is written to `middle`, whose rows are a multiple of STRIP.
-void product(const T *x, const T *weight, const T *bias, T *blocks, T *out, const T *down, const T *up, T *middle,
-             Int rows, Int in, Int width, Int rank, Int across, uint64_t seed, uint32_t threshold, Int dropped) {
-    Int units = (rows + UNIT - 1) / UNIT, pieces = width / 32, whole = rows / STRIP * STRIP;
+// out = x weight + bias + (x down) up; all widths are multiples of 32; without a LoRA `rank` is 0. What is between the
+// LoRA's matrices is written to `middle`, whose rows are a multiple of STRIP.
+void product(const T *x, const T *weight, const T *bias, T *out, const T *down, const T *up, T *middle, Int rows,
+             Int in, Int width, Int rank, Int across, uint64_t seed, uint32_t threshold, Int dropped) {
+    Int pieces = width / 32, whole = rows / STRIP * STRIP, rest = rows - whole;
 #pragma omp parallel
     {
-        T some[STRIP * in], left[STRIP * 32];
-        Int wide = (4 * omp_get_num_threads() + units - 1) / units; // enough units for all threads
-        if (wide > pieces) wide = pieces;
-#pragma omp for schedule(static) nowait
-        for (Int piece = 0; piece < pieces; piece++)
-            lay_out(weight, blocks + piece * 32 * in, in, width, 32 * piece, across);
+        T last[STRIP * in], some[dropped == BEFORE ? STRIP * in : 1], own[32 * in], left[STRIP * 32];
+        memcpy(last, x + whole * in, rest * in * sizeof(T));
+        memset(last + rest * in, 0, (STRIP - rest) * in * sizeof(T));
 #pragma omp for schedule(dynamic)
         for (Int row = 0; row < (rank ? rows : 0); row += STRIP) {
-            const T *from = x + row * in;
-            if (dropped == BEFORE || row == whole) {
-                Int count = row == whole ? rows - row : STRIP;
-                memcpy(some, from, count * in * sizeof(T));
-                memset(some + count * in, 0, (STRIP - count) * in * sizeof(T));
-                from = some;
-                if (dropped == BEFORE)
+            const T *from = row == whole ? last : x + row * in;
+            if (dropped == BEFORE) {
 #pragma omp simd
-                    for (Int i = 0; i < STRIP * in; i++)
-                        some[i] = kept((uint32_t)(row * in + i), seed, threshold) ? some[i] : 0;
+                for (Int i = 0; i < STRIP * in; i++)
+                    some[i] = kept((uint32_t)(row * in + i), seed, threshold) ? from[i] : 0;
+                from = some;
             }
             for (Int at = 0; at < rank; at += 32) {
                 __m512 sums[STRIP][2];
@@ -692,43 +685,40 @@ void product(const T *x, const T *weight, const T *bias, T *blocks, T *out, cons
                 write(sums, middle + row * rank + at, rank);
             }
         }
+        // Enough units for all threads: parts of the rows for each piece of the columns.
+        Int parts = (4 * omp_get_num_threads() + pieces - 1) / pieces, strips = (rows + STRIP - 1) / STRIP;
 #pragma omp for schedule(dynamic)
-        for (Int unit = 0; unit < units * wide; unit++) {
-            Int start = unit / wide * UNIT, end = start + UNIT < rows ? start + UNIT : rows, part = unit % wide;
-            if (end > whole) {
-                memcpy(some, x + whole * in, (rows - whole) * in * sizeof(T));
-                memset(some + (rows - whole) * in, 0, (STRIP - rows + whole) * in * sizeof(T));
-            }
-            for (Int piece = part * pieces / wide; piece < (part + 1) * pieces / wide; piece++)
-                for (Int row = start; row < end; row += STRIP) {
-                    Int column = 32 * piece;
-                    __m512 sums[STRIP][2];
-                    clear(sums, STRIP);
-                    if (rank) strip(middle + row * rank, rank, 2, up + column * rank, rank / 2, sums, STRIP);
-                    if (dropped == AFTER)
+        for (Int unit = 0; unit < pieces * parts; unit++) {
+            Int column = unit / parts * 32, part = unit % parts;
+            lay_out(weight, own, in, width, column, across);
+            for (Int row = part * strips / parts * STRIP; row < (part + 1) * strips / parts * STRIP; row += STRIP) {
+                __m512 sums[STRIP][2];
+                clear(sums, STRIP);
+                if (rank) strip(middle + row * rank, rank, 2, up + column * rank, rank / 2, sums, STRIP);
+                if (dropped == AFTER)
 #pragma GCC unroll 14
-                        for (Int i = 0; i < STRIP; i++)
+                    for (Int i = 0; i < STRIP; i++)
 #pragma GCC unroll 2
-                            for (Int block = 0; block < 2; block++) {
-                                uint32_t number = (uint32_t)((row + i) * width + column + 16 * block);
-                                Words stays = kept_words(number, seed, threshold);
-                                sums[i][block] = (__m512)((Words)sums[i][block] & stays);
-                            }
-                    strip(row == whole ? some : x + row * in, in, 2, blocks + column * in, in / 2, sums, STRIP);
-                    if (bias)
+                        for (Int block = 0; block < 2; block++) {
+                            uint32_t number = (uint32_t)((row + i) * width + column + 16 * block);
+                            Words stays = kept_words(number, seed, threshold);
+                            sums[i][block] = (__m512)((Words)sums[i][block] & stays);
+                        }
+                strip(row == whole ? last : x + row * in, in, 2, own, in / 2, sums, STRIP);
+                if (bias)
 #pragma GCC unroll 14
-                        for (Int i = 0; i < STRIP; i++)
+                    for (Int i = 0; i < STRIP; i++)
 #pragma GCC unroll 2
-                            for (Int block = 0; block < 2; block++)
-                                sums[i][block] += (__m512)widened(bias + column + 16 * block, 16);
-                    if (row < whole) {
-                        write(sums, out + row * width + column, width);
-                        continue;
-                    }
-                    write(sums, left, 32);
-                    for (Int i = 0; i < rows - whole; i++)
-                        memcpy(out + (whole + i) * width + column, left + 32 * i, 32 * sizeof(T));
+                        for (Int block = 0; block < 2; block++)
+                            sums[i][block] += (__m512)widened(bias + column + 16 * block, 16);
+                if (row < whole) {
+                    write(sums, out + row * width + column, width);
+                    continue;
                 }
+                write(sums, left, 32);
+                for (Int i = 0; i < rest; i++)
+                    memcpy(out + (whole + i) * width + column, left + 32 * i, 32 * sizeof(T));
+            }
         }
     }
 }

@@ -54,7 +54,7 @@ def lora_output(
     mask = dropout.drawn(x, p) if p else None
     # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
     added = Added((a.t(), 1.0 / (1.0 - p)), (b.t(), scale), mask, p, products.BEFORE)
-    out, middle = products.product(x, weight.t(), bias, added)
+    out, middle = products.product_with(x, weight.t(), bias, added)
     return out, [weight, a, b, middle, mask]
 
 
@@ -65,7 +65,7 @@ def input_gradient(
     weight, a, b, _, mask = kept
     if not wanted:
         return None, grad @ (b * scale).to(grad.dtype)
-    return products.product(grad, weight, None, Added((b, scale), (a, 1.0 / (1.0 - p)), mask, p, products.AFTER))
+    return products.product_with(grad, weight, None, Added((b, scale), (a, 1.0 / (1.0 - p)), mask, p, products.AFTER))
 
 
 def weight_gradients(

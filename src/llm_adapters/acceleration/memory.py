@@ -124,10 +124,9 @@ def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """A tensor without values, of the precision of `like` and where that is."""
     count = math.prod(shape)
     size = count * like.element_size()
-    if size >= _SMALL and like.device.type == "cpu" and (region := _the_region()):
-        if (part := region.take(size)) is not None:
-            return torch.frombuffer(part, dtype=like.dtype, count=count).view(shape)
-    return like.new_empty(shape)
+    region = _the_region() if size >= _SMALL and like.device.type == "cpu" else None
+    part = None if region is None else region.take(size)
+    return like.new_empty(shape) if part is None else torch.frombuffer(part, dtype=like.dtype, count=count).view(shape)
 
 
 def trim() -> None:

@@ -161,9 +161,8 @@ class Acceleration:
     def _install_layers(self) -> None:
         from llm_adapters.bottleneck.layer import BottleneckLayer
 
-        counts = dict.fromkeys(
-            ("fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "products"), 0
-        )
+        kinds = "fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "frozen linear layers"
+        counts = dict.fromkeys(kinds, 0)
         output = self.base.get_output_embeddings()
         # A LoRA layer's forward has its own copy.
         inside = {id(part) for m in self.base.modules() if lora.lora_weight(m) is not None for part in m.modules()}
@@ -179,7 +178,7 @@ class Acceleration:
                 if id(module) not in inside:
                     self._set(module, "forward", weights.Packed(module.weight, module.bias))
             elif not self.frozen and module is not output and id(module) not in inside and products.takes(module):
-                counts["products"] += 1
+                counts["frozen linear layers"] += 1
                 self._set(module, "forward", functools.partial(products.linear_forward, module, module.forward))
             elif isinstance(module, BottleneckLayer):
                 delta = functools.partial(layers.frozen_delta, module, {}, self._packed) if self.frozen else None

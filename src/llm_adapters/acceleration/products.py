@@ -16,6 +16,7 @@ from llm_adapters.acceleration.memory import empty
 NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in kernels.c
 _STRIP = 14  # rows that the kernels take at a time
 _FEWEST = 64  # rows for which it is worth laying out a weight
+_WIDEST = 16384  # a piece of the weight that wide is in no cache any more
 
 
 class Added(NamedTuple):
@@ -41,37 +42,58 @@ def _seed(mask: torch.Tensor | None, p: float, at: int) -> tuple[int, int, int]:
 
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, added: Added | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``x weight + bias``, and what is `added`.
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x weight + bias``, (rows, width).
 
     Args:
         x: (rows, in).
         weight: (in, width), a matrix in one piece or the transpose of one.
         bias: (width,) or None.
-        added: a LoRA.
-
-    Returns:
-        (rows, width), and what is between the matrices of `added`, (rows, rank), in the precision of x.
+        out: where to write it; None for a new tensor.
     """
-    kernel, fits = _kernel(x, *weight.shape), added is None or _fits(added)
-    if kernel is None or not fits:
-        out = functional.linear(x, weight.t(), bias)
-        return out, None if added is None else _add(out, x, added)
+    out = empty(x, len(x), weight.shape[1]) if out is None else out
+    if kernel := _kernel(x, *weight.shape):
+        _by(kernel, x, weight, bias, out, (None, None, None, 0), (0, 0, NOWHERE))
+        return out
+    torch.mm(x, weight, out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def product_with(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: Added
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`product` with what is `added`, and what is between its two matrices, (rows, rank), in the precision of x."""
+    kernel, (down, up, mask, p, at) = _kernel(x, *weight.shape), added
+    if kernel and (mask is None or not mask.dim()) and down[0].dtype == up[0].dtype == torch.float32:
+        rows, width, rank = len(x), weight.shape[1], up[0].shape[0]
+        out, middle = empty(x, rows, width), empty(x, -(-rows // _STRIP) * _STRIP, whole(rank))
+        pairs = [paired(*part, x.new_empty(*map(whole, part[0].shape))) for part in (down, up)]
+        _by(kernel, x, weight, bias, out, (*pairs, middle, whole(rank)), _seed(mask, p, at))
+        return out, middle[:rows, :rank].contiguous()
+    out = functional.linear(x, weight.t(), bias)
+    first, second = ((part * factor).to(x.dtype) for part, factor in (down, up))
+    middle = (x if mask is None or at == AFTER else dropout.drop(x, mask, p)) @ first
+    if mask is None or at == BEFORE:
+        return out.addmm_(middle, second), middle
+    dropout.add(out, middle @ second, mask, p)
+    return out, middle
+
+
+def _by(
+    kernel: kernels.Kernels,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    lora: tuple[Any, ...],
+    seed: tuple[int, int, int],
+) -> None:
+    """The kernel's product; `lora`: both matrices, what is between them, and its width."""
     across = not weight.is_contiguous()
-    if across and not weight.t().is_contiguous():
-        weight, across = weight.contiguous(), False
-    (rows, into), width = x.shape, weight.shape[1]
-    out, middle, pairs, seed = empty(x, rows, width), None, [None, None], _seed(None, 0.0, NOWHERE)
-    rank = 0 if added is None else whole(added.up[0].shape[0])
-    if added is not None:
-        middle = empty(x, -(-rows // _STRIP) * _STRIP, rank)
-        pairs = [paired(*part, x.new_empty(whole(part[0].shape[0]), whole(part[0].shape[1]))) for part in added[:2]]
-        seed = _seed(*added[2:])
-    matrix, blocks = weight.t() if across else weight, empty(x, into * width)
-    sizes = rows, into, width, rank, across
-    kernel.call("product", x.contiguous(), matrix, bias, blocks, out, *pairs, middle, *sizes, *seed)
-    return out, None if added is None or middle is None else middle[:rows, : added.up[0].shape[0]].contiguous()
+    matrix = (weight.t() if across else weight).contiguous()
+    *tensors, rank = lora
+    kernel.call("product", x.contiguous(), matrix, bias, out, *tensors, len(x), *weight.shape, rank, across, *seed)
 
 
 def outer(
@@ -107,26 +129,9 @@ def outer(
 def _kernel(x: torch.Tensor, into: int, width: int) -> kernels.Kernels | None:
     """The kernels, if they have products and these sizes are theirs."""
     kernel = kernels.of(x)
-    if kernel is None or not kernel.multiplies or len(x) < _FEWEST or into % 32 or width % 32:
+    if kernel is None or not kernel.multiplies or len(x) < _FEWEST or into > _WIDEST or into % 32 or width % 32:
         return None
     return kernel
-
-
-def _fits(added: Added) -> bool:
-    seeded = added.mask is None or not added.mask.dim()
-    return seeded and added.down[0].dtype == added.up[0].dtype == torch.float32
-
-
-def _add(out: torch.Tensor, x: torch.Tensor, added: Added) -> torch.Tensor:
-    """Add to `out`, in place, with torch's functions; returns what is between."""
-    mask, p = added.mask, added.p
-    first, second = ((part * factor).to(x.dtype) for part, factor in (added.down, added.up))
-    middle = (x if mask is None or added.at == AFTER else dropout.drop(x, mask, p)) @ first
-    if mask is None or added.at == BEFORE:
-        out.addmm_(middle, second)
-    else:
-        dropout.add(out, middle @ second, mask, p)
-    return middle
 
 
 def whole(size: int) -> int:
@@ -157,14 +162,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return product(x.reshape(-1, x.shape[-1]), weight.t(), bias)[0].view(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         grad = gradients[0]
-        return product(grad.reshape(-1, grad.shape[-1]), weight)[0].view(*grad.shape[:-1], -1), None, None
+        return product(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], -1), None, None
 
 
 def takes(layer: nn.Module) -> bool:
