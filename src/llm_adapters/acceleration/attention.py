@@ -152,6 +152,9 @@ class _Packed(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
+        ctx.kernel = None
+        if (kernel := _kernel(query, value)) is not None:
+            return _by_kernel(kernel, ctx, query, key, value, pack, scale, window)
         heads, tokens, _ = query.shape
         out = empty(query, tokens, heads, value.shape[-1])
         kept = []
@@ -175,6 +178,8 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        if ctx.kernel is not None:
+            return *_gradients_by_kernel(ctx, gradients[0]), None, None, None
         query, key, value, *kept = ctx.saved_tensors
         pack, scale, prefix = ctx.pack, ctx.scale, ctx.pack.prefix
         groups = len(key)
@@ -214,6 +219,63 @@ class _Packed(torch.autograd.Function):
                 shared = part.view(len(band.lengths), groups, -1, part.shape[-1])[:, :, :prefix]
                 whole[:prefix] += shared.sum(0).transpose(0, 1)
         return d_query.transpose(0, 1), d_key.transpose(0, 1), d_value.transpose(0, 1), None, None, None
+
+
+def _kernel(query: torch.Tensor, value: torch.Tensor) -> kernels.Kernels | None:
+    kernel = kernels.of(query)
+    fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 32 == 0
+    return kernel if kernel is not None and kernel.multiplies and fits else None
+
+
+def _by_kernel(
+    kernel: kernels.Kernels,
+    ctx: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """`_Packed.forward`; of the probabilities nothing is kept but each row's sum."""
+    rows = [part.transpose(0, 1).contiguous() for part in (query, key, value)]  # (tokens, heads, width)
+    (tokens, heads, width), groups = rows[0].shape, len(key)
+    out, sums = empty(query, tokens, heads, width), query.new_empty(tokens, heads, dtype=torch.float32)
+    out[pack.end :] = 0
+    spans = pack.spans
+    kernel.call("attention", *rows, spans, out, sums, len(spans), heads, groups, width, float(scale), window or 0)
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(*rows, sums)
+        ctx.kernel, ctx.pack, ctx.scale, ctx.window = kernel, pack, scale, window
+    return out
+
+
+def _gradients_by_kernel(ctx: Any, grad: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The gradients of queries, keys and values."""
+    *rows, sums = ctx.saved_tensors
+    pack, (tokens, heads, width), groups, spans = ctx.pack, rows[0].shape, rows[1].shape[1], ctx.pack.spans
+    own = [empty(grad, tokens, heads, width) for _ in range(3)]
+    before = [empty(grad, len(spans), pack.prefix, heads, width) for _ in range(2)]
+    for whole in own:
+        whole[pack.end :] = 0
+    before[0][0], before[1][0] = 0, 0
+    sizes = len(spans), heads, groups, width
+    ctx.kernel.call(
+        "attention_backward",
+        grad.contiguous(),
+        *rows,
+        spans,
+        sums,
+        *own,
+        *before,
+        *sizes,
+        float(ctx.scale),
+        ctx.window or 0,
+    )
+    for part, shared in zip(own[1:], before, strict=True):
+        part[: pack.prefix] += shared.sum(0)
+    own[1:] = [part.view(tokens, groups, -1, width).sum(2) for part in own[1:]]
+    return (part.transpose(0, 1) for part in own)
 
 
 def _with_dropout(

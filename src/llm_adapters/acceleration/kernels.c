@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(BFLOAT16) && defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -555,13 +556,13 @@ void lora(const T *x, const Int *which, const T *down, const T *up, T *out, Int 
 
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-// sums += rows of x times two blocks of columns of weights, as for `multiply`. From pair to pair of a row it is `along`
-// entries, and to the next row `step`.
-static inline __attribute__((always_inline)) void strip(const T *x, Int step, Int along, const T *weights, Int pairs,
-                                                        __m512 sums[][2], const Int rows) {
+// sums += rows of x times two blocks of columns of weights, which are `apart` entries apart, as for `multiply`. From pair
+// to pair of a row it is `along` entries, and to the next row `step`.
+static inline __attribute__((always_inline)) void strip(const T *x, Int step, Int along, const T *weights, Int apart,
+                                                        Int pairs, __m512 sums[][2], const Int rows) {
     for (Int i = 0; i < pairs; i++) {
         __m512bh first = (__m512bh)_mm512_loadu_si512(weights + 32 * i);
-        __m512bh second = (__m512bh)_mm512_loadu_si512(weights + 32 * (pairs + i));
+        __m512bh second = (__m512bh)_mm512_loadu_si512(weights + apart + 32 * i);
 #pragma GCC unroll 14
         for (Int row = 0; row < rows; row++) {
             int pair;
@@ -681,7 +682,7 @@ void product(const T *x, const T *weight, const T *bias, T *out, const T *down, 
             for (Int at = 0; at < rank; at += 32) {
                 __m512 sums[STRIP][2];
                 clear(sums, STRIP);
-                strip(from, in, 2, down + at * in, in / 2, sums, STRIP);
+                strip(from, in, 2, down + at * in, 16 * in, in / 2, sums, STRIP);
                 write(sums, middle + row * rank + at, rank);
             }
         }
@@ -694,7 +695,7 @@ void product(const T *x, const T *weight, const T *bias, T *out, const T *down, 
             for (Int row = part * strips / parts * STRIP; row < (part + 1) * strips / parts * STRIP; row += STRIP) {
                 __m512 sums[STRIP][2];
                 clear(sums, STRIP);
-                if (rank) strip(middle + row * rank, rank, 2, up + column * rank, rank / 2, sums, STRIP);
+                if (rank) strip(middle + row * rank, rank, 2, up + column * rank, 16 * rank, rank / 2, sums, STRIP);
                 if (dropped == AFTER)
 #pragma GCC unroll 14
                     for (Int i = 0; i < STRIP; i++)
@@ -704,7 +705,7 @@ void product(const T *x, const T *weight, const T *bias, T *out, const T *down, 
                             Words stays = kept_words(number, seed, threshold);
                             sums[i][block] = (__m512)((Words)sums[i][block] & stays);
                         }
-                strip(row == whole ? last : x + row * in, in, 2, own, in / 2, sums, STRIP);
+                strip(row == whole ? last : x + row * in, in, 2, own, 16 * in, in / 2, sums, STRIP);
                 if (bias)
 #pragma GCC unroll 14
                     for (Int i = 0; i < STRIP; i++)
@@ -755,7 +756,7 @@ void outer(const T *left, const T *x, T *pairs, float *out, Int rows, Int rank, 
                 for (Int at = 0; at < rank; at += ROWS) {
                     __m512 sums[ROWS][2];
                     clear(sums, ROWS);
-                    strip(pairs + 2 * at, 2, 2 * rank, own, even / 2, sums, ROWS);
+                    strip(pairs + 2 * at, 2, 2 * rank, own, 16 * even, even / 2, sums, ROWS);
                     for (Int row = 0; row < ROWS; row++)
                         for (Int block = 0; block < 2; block++) {
                             float *to = out + (at + row) * width + column + 16 * block;
@@ -767,6 +768,244 @@ void outer(const T *left, const T *x, T *pairs, float *out, Int rows, Int rank, 
                 }
             }
         }
+    }
+}
+
+// --- attention of segments in training: each over the shared prefix and itself
+
+#define BANK (16 * STRIP) // rows whose probabilities are kept for the gradients of keys and values
+
+// Where a segment begins and ends, and how many tokens at the beginning of the row it sees besides.
+typedef struct {
+    Int start, end, before;
+} Span;
+
+// What one head of one segment works with; all rows are filled up to whole strips and pieces with zeros.
+typedef struct {
+    Int rows, before, seen, columns, width, window; // own rows, those before, both, and whole pieces of both
+    float scale;
+} Head;
+
+static void gather(const T *from, T *to, Span span, Int columns, Int step, Int width) {
+    for (Int i = 0; i < span.before; i++) memcpy(to + i * width, from + i * step, width * sizeof(T));
+    Int own = span.end - span.start;
+    for (Int i = 0; i < own; i++) memcpy(to + (span.before + i) * width, from + (span.start + i) * step, width * sizeof(T));
+    memset(to + (span.before + own) * width, 0, (columns - span.before - own) * width * sizeof(T));
+}
+
+// Rows of a segment, `step` apart, next to each other and with zeros at their end.
+static void some(const T *from, T *to, Int count, Int whole, Int step, Int width) {
+    for (Int i = 0; i < count; i++) memcpy(to + i * width, from + i * step, width * sizeof(T));
+    memset(to + count * width, 0, (whole - count) * width * sizeof(T));
+}
+
+// In the order for products with rows of `width`, and for products with rows of columns.
+static void lay_out_both(const T *rows, T *pieces, T *turned_pieces, Int columns, Int width) {
+    for (Int at = 0; at < columns; at += 32) lay_out(rows, pieces + at * width, width, columns, at, 1);
+    for (Int at = 0; at < width && turned_pieces; at += 32)
+        lay_out(rows, turned_pieces + at * columns, columns, width, at, 0);
+}
+
+static Int first_seen(const Head *h, Int row) {
+    Int end = h->before + row + 1;
+    return h->window && end > h->window ? end - h->window : 0;
+}
+
+// A strip of rows times pieces of columns from `first` to `last`: floats, `columns` in a row.
+static inline __attribute__((always_inline)) void strip_scores(const Head *h, const T *x, const T *pieces, Int first,
+                                                               Int last, float *to) {
+    for (Int at = first; at < last; at += 32) {
+        __m512 sums[STRIP][2];
+        clear(sums, STRIP);
+        strip(x, h->width, 2, pieces + at * h->width, 16 * h->width, h->width / 2, sums, STRIP);
+#pragma GCC unroll 14
+        for (Int i = 0; i < STRIP; i++)
+#pragma GCC unroll 2
+            for (Int block = 0; block < 2; block++)
+                _mm512_storeu_ps(to + i * h->columns + at + 16 * block, sums[i][block]);
+    }
+}
+
+// A strip of rows of columns from `first` to `last` times what lies in `turned_pieces`, each row times its factor.
+static inline __attribute__((always_inline)) void strip_sums(const Head *h, const T *rows, const T *turned_pieces,
+                                                             Int first, Int last, const float *factors, T *to,
+                                                             Int count, Int step) {
+    T whole[STRIP * 32];
+    for (Int at = 0; at < h->width; at += 32) {
+        __m512 sums[STRIP][2];
+        clear(sums, STRIP);
+        strip(rows + first, h->columns, 2, turned_pieces + at * h->columns + 16 * first, 16 * h->columns,
+              (last - first) / 2, sums, STRIP);
+#pragma GCC unroll 14
+        for (Int i = 0; i < STRIP; i++) {
+            sums[i][0] *= factors[i];
+            sums[i][1] *= factors[i];
+        }
+        write(sums, whole, 32);
+        for (Int i = 0; i < count; i++) memcpy(to + i * step + at, whole + 32 * i, 32 * sizeof(T));
+    }
+}
+
+static Head head_of(Span span, Int width, float scale, Int window) {
+    Int rows = span.end - span.start, seen = rows + span.before;
+    return (Head){.rows = rows, .before = span.before, .seen = seen, .columns = (seen + 31) / 32 * 32, .width = width,
+                  .scale = scale, .window = window};
+}
+
+// out (tokens, heads, width), and for each row the logarithm of its sum of exponentials.
+void attention(const T *query, const T *key, const T *value, const Int *spans, T *out, float *sums, Int count,
+               Int heads, Int groups, Int width, float scale, Int window) {
+#pragma omp parallel for schedule(dynamic)
+    for (Int task = 0; task < count * heads; task++) {
+        Span span = ((const Span *)spans)[task / heads];
+        Int number = task % heads, group = number / (heads / groups), step = heads * width;
+        Head h = head_of(span, width, scale, window);
+        T *room = aligned_alloc(64, (4 * h.columns * width + 2 * STRIP * (h.columns + width)) * sizeof(float));
+        T *rows = room, *pieces = rows + h.columns * width, *value_rows = pieces + h.columns * width;
+        T *chances = value_rows + h.columns * width, *asking = chances + STRIP * h.columns;
+        float *scores = (float *)(asking + STRIP * width);
+        gather(key + group * width, rows, span, h.columns, groups * width, width);
+        lay_out_both(rows, pieces, NULL, h.columns, width);
+        gather(value + group * width, rows, span, h.columns, groups * width, width);
+        for (Int at = 0; at < width; at += 32) lay_out(rows, value_rows + at * h.columns, h.columns, width, at, 0);
+        for (Int row = 0; row < h.rows; row += STRIP) {
+            Int these = h.rows - row < STRIP ? h.rows - row : STRIP;
+            Int first = first_seen(&h, row) / 32 * 32, last = (h.before + row + these + 31) / 32 * 32;
+            float factors[STRIP] = {0};
+            T *to = out + (span.start + row) * step + number * width;
+            some(query + (span.start + row) * step + number * width, asking, these, STRIP, step, width);
+            strip_scores(&h, asking, pieces, first, last, scores);
+            memset(chances, 0, STRIP * h.columns * sizeof(T));
+            for (Int i = 0; i < these; i++) {
+                const float *own = scores + i * h.columns;
+                T *chance = chances + i * h.columns;
+                Int from = first_seen(&h, row + i), end = h.before + row + i + 1;
+                float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+                for (Int j = from; j < end; j++) largest = most(largest, own[j]);
+#pragma omp simd reduction(+ : sum)
+                for (Int j = from; j < end; j++) {
+                    float p = exponential((own[j] - largest) * scale);
+                    sum += p;
+                    chance[j] = put(p);
+                }
+                factors[i] = 1.0f / sum;
+                sums[(span.start + row + i) * heads + number] = largest * scale + logf(sum);
+            }
+            strip_sums(&h, chances, value_rows, first, last, factors, to, these, step);
+        }
+        free(room);
+    }
+}
+
+// sums (columns, width) += pairs of rows (`pairs`, from `pair` on, (rows / 2, columns, 2)) turned, times rows.
+static void strip_outer(const Head *h, const T *zipped_rows, const T *turned_pieces, Int rows, Int columns_from,
+                        Int first_row, float *to) {
+    Int pair = first_row / 2;
+    for (Int at = 0; at < h->width; at += 32) {
+        __m512 sums[STRIP][2];
+        float *own = to + columns_from * h->width + at;
+#pragma GCC unroll 14
+        for (Int i = 0; i < STRIP; i++)
+#pragma GCC unroll 2
+            for (Int block = 0; block < 2; block++) sums[i][block] = _mm512_loadu_ps(own + i * h->width + 16 * block);
+        strip(zipped_rows + pair * 2 * h->columns + 2 * columns_from, 2, 2 * h->columns,
+              turned_pieces + at * rows + 32 * pair, 16 * rows, rows / 2 - pair, sums, STRIP);
+#pragma GCC unroll 14
+        for (Int i = 0; i < STRIP; i++)
+#pragma GCC unroll 2
+            for (Int block = 0; block < 2; block++) _mm512_storeu_ps(own + i * h->width + 16 * block, sums[i][block]);
+    }
+}
+
+// The gradients of `attention`; those of keys and values for each head: of a segment's own (tokens, heads, width), and of
+// those before (segments, before, heads, width).
+void attention_backward(const T *grad, const T *query, const T *key, const T *value, const Int *spans,
+                        const float *sums, T *d_query, T *d_key, T *d_value, T *before_key, T *before_value, Int count,
+                        Int heads, Int groups, Int width, float scale, Int window) {
+#pragma omp parallel for schedule(dynamic)
+    for (Int task = 0; task < count * heads; task++) {
+        Span span = ((const Span *)spans)[task / heads];
+        Int number = task % heads, group = number / (heads / groups), step = heads * width, at_head = number * width;
+        Head h = head_of(span, width, scale, window);
+        Int columns = h.columns, turned_rows = columns + STRIP, size = columns * width;
+        Int shorts = 4 * size + 2 * BANK * (columns + 2 * width) + 2 * (BANK * columns + 2 * STRIP);
+        T *room = aligned_alloc(64, (shorts * sizeof(T) + (2 * turned_rows * width + 2 * STRIP * columns) * 4 + 127) / 64 * 64);
+        T *rows = room, *key_pieces = rows + size, *key_rows = key_pieces + size, *value_pieces = key_rows + size;
+        T *chances = value_pieces + size, *shares = chances + BANK * columns;
+        T *asking = shares + BANK * columns, *given = asking + BANK * width;
+        T *asking_rows = given + BANK * width, *given_rows = asking_rows + BANK * width;
+        T *zipped_chances = given_rows + BANK * width, *zipped_shares = zipped_chances + BANK * columns + 2 * STRIP;
+        float *key_sums = (float *)(zipped_shares + BANK * columns + 2 * STRIP);
+        float *value_sums = key_sums + turned_rows * width, *scores = value_sums + turned_rows * width;
+        float *products_ = scores + STRIP * columns;
+        memset(key_sums, 0, 2 * turned_rows * width * sizeof(float));
+        gather(key + group * width, rows, span, columns, groups * width, width);
+        lay_out_both(rows, key_pieces, key_rows, columns, width);
+        gather(value + group * width, rows, span, columns, groups * width, width);
+        lay_out_both(rows, value_pieces, NULL, columns, width);
+        for (Int bank = 0; bank < h.rows; bank += BANK) {
+            Int these = h.rows - bank < BANK ? h.rows - bank : BANK, whole = (these + STRIP - 1) / STRIP * STRIP;
+            Int at_row = (span.start + bank) * step + at_head;
+            some(query + at_row, asking, these, whole, step, width);
+            some(grad + at_row, given, these, whole, step, width);
+            memset(chances, 0, 2 * BANK * columns * sizeof(T));
+            for (Int row = 0; row < these; row += STRIP) {
+                Int few = these - row < STRIP ? these - row : STRIP;
+                Int first = first_seen(&h, bank + row) / 32 * 32, last = (h.before + bank + row + few + 31) / 32 * 32;
+                float factors[STRIP];
+                strip_scores(&h, asking + row * width, key_pieces, first, last, scores);
+                strip_scores(&h, given + row * width, value_pieces, first, last, products_);
+                for (Int i = 0; i < few; i++) {
+                    Int from = first_seen(&h, bank + row + i), end = h.before + bank + row + i + 1;
+                    float *p = scores + i * columns, mean = 0;
+                    const float *d = products_ + i * columns;
+                    float known = sums[(span.start + bank + row + i) * heads + number];
+                    T *chance = chances + (row + i) * columns, *share = shares + (row + i) * columns;
+#pragma omp simd reduction(+ : mean)
+                    for (Int j = from; j < end; j++) {
+                        p[j] = exponential(p[j] * scale - known);
+                        mean += p[j] * d[j];
+                    }
+#pragma omp simd
+                    for (Int j = from; j < end; j++) {
+                        chance[j] = put(p[j]);
+                        share[j] = put(p[j] * (d[j] - mean));
+                    }
+                }
+                for (Int i = 0; i < STRIP; i++) factors[i] = scale;
+                strip_sums(&h, shares + row * columns, key_rows, first, last, factors, d_query + at_row + row * step, few,
+                           step);
+            }
+            Int end = (h.before + bank + these + 31) / 32 * 32;
+            if (end < columns) end += 32; // a strip of columns may begin before the end and reach over it
+            for (Int row = 0; row < whole; row += 2)
+                for (Int at = 0; at < end; at += 32) {
+                    const T *p = chances + row * columns + at, *s = shares + row * columns + at;
+                    zipped(_mm512_loadu_si512(p), _mm512_loadu_si512(p + columns), zipped_chances + row * columns + 2 * at, 32);
+                    zipped(_mm512_loadu_si512(s), _mm512_loadu_si512(s + columns), zipped_shares + row * columns + 2 * at, 32);
+                }
+            for (Int at = 0; at < width; at += 32) {
+                lay_out(given, given_rows + at * whole, whole, width, at, 0);
+                lay_out(asking, asking_rows + at * whole, whole, width, at, 0);
+            }
+            for (Int at = 0; at < h.before + bank + these; at += STRIP) {
+                Int first_row = at - h.before - bank > 0 ? at - h.before - bank : 0; // those that see it
+                strip_outer(&h, zipped_chances, given_rows, whole, at, first_row, value_sums);
+                strip_outer(&h, zipped_shares, asking_rows, whole, at, first_row, key_sums);
+            }
+        }
+        for (Int i = 0; i < h.seen; i++) {
+            Int place = i < h.before ? ((task / heads) * h.before + i) * step : (span.start + i - h.before) * step;
+            T *to_key = (i < h.before ? before_key : d_key) + place + at_head;
+            T *to_value = (i < h.before ? before_value : d_value) + place + at_head;
+#pragma omp simd
+            for (Int j = 0; j < width; j++) {
+                to_key[j] = put(key_sums[i * width + j] * scale);
+                to_value[j] = put(value_sums[i * width + j]);
+            }
+        }
+        free(room);
     }
 }
 #endif

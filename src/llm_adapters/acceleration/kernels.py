@@ -23,13 +23,15 @@ from llm_adapters.files import cache_folder
 SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _WIDE = ("-mprefer-vector-width=512",)  # compilers think of the clock of older processors
-_EXACT = {
+_EXACT = {  # which argument is float32 in any case
     "rms_norm": 3,
     "rms_norm_backward": 3,
     "cross_entropy": 2,
     "pair": 0,
     "outer": 3,
-}  # which argument is float32 in any case
+    "attention": 5,
+    "attention_backward": 5,
+}
 _PRECISIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
 off = False  # for tests and benchmarks: do without them

@@ -82,6 +82,16 @@ class Pack(Once):
         return starts
 
     @property
+    def spans(self) -> torch.Tensor:
+        """(1 + segments, 3), int64: where the prefix and each segment begin and end, and what they see before."""
+
+        def make() -> torch.Tensor:
+            ends = zip(self.starts, self.lengths, strict=True)
+            return torch.tensor([(0, self.prefix, 0), *((at, at + size, self.prefix) for at, size in ends)])
+
+        return self.once("spans", make)
+
+    @property
     def bands(self) -> tuple["Band", ...]:
         """The segments in runs of neighbours of about the same length, for attention."""
 
