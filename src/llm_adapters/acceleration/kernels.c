@@ -687,7 +687,7 @@ void product(const T *x, const T *weight, const T *bias, T *out, const T *down, 
             }
         }
         // Enough units for all threads: parts of the rows for each piece of the columns.
-        Int parts = (4 * omp_get_num_threads() + pieces - 1) / pieces, strips = (rows + STRIP - 1) / STRIP;
+        Int parts = (16 * omp_get_num_threads() + pieces - 1) / pieces, strips = (rows + STRIP - 1) / STRIP;
 #pragma omp for schedule(dynamic)
         for (Int unit = 0; unit < pieces * parts; unit++) {
             Int column = unit / parts * 32, part = unit % parts;

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._library, self._dtype = library, dtype
+        self._functions: dict[str, Any] = {}
         self.multiplies = hasattr(library, "product")
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -60,22 +62,31 @@ class Kernels:
             TypeError: a floating tensor is not of the precision (but for `_EXACT`), or another not int64.
             ValueError: a tensor is not in one piece.
         """
-        exact = _EXACT.get(name)
-        found = (_converted(a, torch.float32 if at == exact else self._dtype) for at, a in enumerate(arguments))
-        getattr(self._library, name)(*found)
+        function, exact = self._functions.get(name) or self._declared(name, arguments), _EXACT.get(name)
+        function(
+            *(
+                self._address(a, torch.float32 if at == exact else self._dtype) if isinstance(a, torch.Tensor) else a
+                for at, a in enumerate(arguments)
+            )
+        )
 
+    def _declared(self, name: str, arguments: Sequence[Any]) -> Any:
+        """The C function, told what it takes: the same kinds in every call."""
+        kinds = {float: ctypes.c_float, int: ctypes.c_int64, bool: ctypes.c_int64}
+        function = getattr(self._library, name)
+        function.argtypes = [kinds.get(type(a), ctypes.c_void_p) for a in arguments]
+        function.restype = None
+        self._functions[name] = function
+        return function
 
-def _converted(argument: Any, dtype: torch.dtype) -> Any:
-    if isinstance(argument, torch.Tensor):
-        if not argument.is_contiguous():
-            raise ValueError(f"a tensor of shape {tuple(argument.shape)} is not in one piece")
-        needed = dtype if argument.dtype.is_floating_point else torch.int64
-        if argument.dtype != needed:
-            raise TypeError(f"a tensor of {argument.dtype}, where {needed} is needed")
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return None if argument is None else ctypes.c_int64(argument)
+    @staticmethod
+    def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+        if not tensor.is_contiguous():
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not in one piece")
+        needed = dtype if tensor.dtype.is_floating_point else torch.int64
+        if tensor.dtype != needed:
+            raise TypeError(f"a tensor of {tensor.dtype}, where {needed} is needed")
+        return tensor.data_ptr()
 
 
 def of(x: torch.Tensor) -> Kernels | None:
