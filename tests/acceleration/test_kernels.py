@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from llm_adapters.acceleration import attention, dropout, head, kernels, layers, lora, rotary
-from llm_adapters.acceleration.packing import Visible
+from llm_adapters.acceleration.packing import Pack, Visible
 from llm_adapters.acceleration.pages import Decoded, PagedCache, Step, decode, store
 from llm_adapters.acceleration.routing import Route
 
@@ -104,6 +104,40 @@ def test_attention_of_segments(
 
     for pair in zip(*both(monkeypatch, compute), strict=True):
         assert_close(*pair)
+
+
+# Segments shorter and longer than the rows that are kept at once, more heads than keys and as many, no prefix.
+PACKS = [((3, 1, 17), 0, 2, 1, 32), ((50, 14, 28), 21, 6, 2, 64), ((300, 231), 45, 3, 3, 64), ((33,), 64, 3, 1, 96)]
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize(("lengths", "prefix", "heads", "groups", "width"), PACKS)
+def test_attention_of_packs(
+    kind: torch.dtype, lengths: tuple, prefix: int, heads: int, groups: int, width: int, window: int | None
+) -> None:
+    """Against the formula, one segment after the other."""
+    pack = Pack.of([[1] * prefix + [2] * length for length in lengths], prefix)
+    parts = [torch.randn(pack.tokens, count, width).to(kind) for count in (heads, groups, groups)]
+    weights = torch.randn(pack.tokens, heads, width).to(kind)
+
+    def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        key, value = (part.repeat_interleave(heads // groups, 1) for part in (key, value))
+        owners = [-1] * prefix + [number for number, length in enumerate(lengths) for _ in range(length)]
+        places, owner = pack.position_ids[0, : pack.end], torch.tensor(owners)
+        distance = places[:, None] - places
+        seen = (distance >= 0) & (distance < (window or 10**9)) & ((owner[:, None] == owner) | (owner == -1))
+        scores = torch.einsum("qhw,khw->hqk", query[: pack.end], key[: pack.end]) * 0.3
+        chances = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+        return torch.cat((torch.einsum("hqk,khw->qhw", chances, value[: pack.end]), query[pack.end :] * 0))
+
+    def gradients(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [part.clone().requires_grad_() for part in inputs]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
+
+    mine = lambda *rows: attention._Packed.apply(*(r.transpose(0, 1) for r in rows), pack, 0.3, window)  # noqa: E731
+    for found, exact in zip(gradients(mine, *parts), gradients(formula, *(p.double() for p in parts)), strict=True):
+        assert (found.double() - exact).abs().max() <= 2 * ROOM[kind] * exact.abs().max()
 
 
 @pytest.mark.parametrize("labels", [1, 16, 37])

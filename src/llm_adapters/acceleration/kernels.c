@@ -674,9 +674,10 @@ void product(const T *x, const T *weight, const T *bias, T *out, const T *down, 
         for (Int row = 0; row < (rank ? rows : 0); row += STRIP) {
             const T *from = row == whole ? last : x + row * in;
             if (dropped == BEFORE) {
-#pragma omp simd
-                for (Int i = 0; i < STRIP * in; i++)
-                    some[i] = kept((uint32_t)(row * in + i), seed, threshold) ? from[i] : 0;
+                for (Int i = 0; i < STRIP * in; i += 32) {
+                    __mmask32 stays = kept_bits((uint32_t)(row * in + i), seed, threshold);
+                    _mm512_storeu_si512(some + i, _mm512_maskz_loadu_epi16(stays, from + i));
+                }
                 from = some;
             }
             for (Int at = 0; at < rank; at += 32) {

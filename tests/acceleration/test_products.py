@@ -1,0 +1,73 @@
+"""Products with frozen weights against the same in float64, with the kernels where there are some and without."""
+
+import pytest
+import torch
+from torch import nn
+
+from llm_adapters.acceleration import dropout, kernels, products
+
+PRECISIONS = [torch.float32, torch.bfloat16]
+ROOM = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the largest
+
+
+@pytest.fixture(params=PRECISIONS, ids=["float32", "bfloat16"])
+def kind(request: pytest.FixtureRequest) -> torch.dtype:
+    torch.manual_seed(0)
+    return request.param
+
+
+def assert_close(found: torch.Tensor, exact: torch.Tensor, room: float) -> None:
+    assert found.shape == exact.shape
+    assert (found.double() - exact).abs().max() <= room * exact.abs().max()
+
+
+# Whole strips and a rest, fewer rows than pay, many pieces; sizes that are the kernels', and others.
+SIZES = [(140, 64, 96), (211, 96, 32), (3, 32, 32), (65, 32, 1024), (70, 40, 64), (70, 64, 33)]
+
+
+@pytest.mark.parametrize("lying", ["across", "along", "with gaps"])
+@pytest.mark.parametrize(("rows", "width", "out"), SIZES)
+def test_product(kind: torch.dtype, rows: int, width: int, out: int, lying: str) -> None:
+    x, bias = torch.randn(rows, width).to(kind), torch.randn(out).to(kind)
+    weight = torch.randn(width, out).to(kind)
+    given = {
+        "across": weight.t().contiguous().t(),
+        "along": weight,
+        "with gaps": torch.stack((weight, weight), -1)[..., 0],
+    }[lying]
+    assert_close(products.product(x, given, bias), x.double() @ weight.double() + bias.double(), ROOM[kind])
+    room = torch.full((rows, out), torch.nan, dtype=kind)
+    assert products.product(x, given, None, room) is room
+    assert_close(room, x.double() @ weight.double(), ROOM[kind])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("rows", "rank", "width"), [(140, 32, 96), (67, 64, 32), (4099, 32, 64), (9, 32, 32), (70, 3, 33)]
+)
+def test_outer(kind: torch.dtype, rows: int, rank: int, width: int, p: float) -> None:
+    left, x = torch.randn(rows, rank).to(kind), torch.randn(rows, width).to(kind)
+    mask = dropout.drawn(x, p) if p else None
+    seen = x if mask is None else dropout.drop(x, mask, p)
+    found = products.outer(left, x, 0.5, mask, p)
+    assert found.dtype == torch.float32
+    assert_close(found, 0.5 * left.double().t() @ seen.double(), ROOM[kind])
+
+
+def test_a_frozen_linear_layer(kind: torch.dtype) -> None:
+    layer = nn.Linear(64, 96).to(kind).requires_grad_(False)
+    kernel = kernels.of(layer.weight)
+    assert products.takes(layer) == (kernel is not None and kernel.multiplies)
+    assert not products.takes(nn.Linear(64, 96).to(kind))  # it is trained
+    assert not products.takes(nn.LayerNorm(64).requires_grad_(False))
+    x = torch.randn(2, 70, 64).to(kind).requires_grad_()
+    out = products.linear_forward(layer, layer.forward, x)
+    grad = torch.randn(out.shape).to(kind)
+    (d_x,) = torch.autograd.grad(out, x, grad)
+    weight = layer.weight.double()
+    assert_close(out.detach(), x.detach().double() @ weight.t() + layer.bias.double(), ROOM[kind])
+    assert_close(d_x, grad.double() @ weight, ROOM[kind])
+    with torch.no_grad():
+        assert torch.equal(products.linear_forward(layer, layer.forward, x), out)
+        with pytest.raises(RuntimeError):  # torch's own refusal: another precision is not this layer's
+            products.linear_forward(layer, layer.forward, x.double())
