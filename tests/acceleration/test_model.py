@@ -20,7 +20,7 @@ from acceleration_helpers import (
 from tiny import FAMILIES
 from torch import nn
 
-from llm_adapters.acceleration import ON, Acceleration
+from llm_adapters.acceleration import ON, Acceleration, kernels
 from llm_adapters.acceleration.attention import BLOCK
 from llm_adapters.training.batching import Collator
 
@@ -201,6 +201,37 @@ def test_in_bfloat16_it_stays_near_float32(method: str) -> None:
         found = gradients(model, loss)
     assert (loss - exact).abs() < 2 * rounding + 0.01 * exact
     assert {g.dtype for g in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("method", OPTIONS)
+def test_gradients_in_bfloat16_at_sizes_that_kernels_take(
+    method: str, family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are as near to those of a float32 copy as the plain way's; the products and attention are the kernels'."""
+    called, call = set(), kernels.Kernels.call
+    monkeypatch.setattr(kernels.Kernels, "call", lambda *args: [called.add(args[1]), call(*args)])
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = adapted(family, method, torch.bfloat16, overrides=sizes | {"head_dim": 32}).train()
+    chosen = long_and_short(7)
+    exact = copy.deepcopy(model).float()
+    expected = gradients(exact, plain_loss(exact, chosen))
+    plain = gradients(model, plain_loss(model, chosen))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    with Acceleration(model) as fast:
+        assert fast.packs
+        called.clear()
+        found = gradients(model, fast_loss(fast, chosen))
+    if (kernel := kernels.of(torch.zeros(1, dtype=torch.bfloat16))) and kernel.strip:
+        assert {"product", "attention", "attention_backward"} <= called
+    assert found.keys() == expected.keys()
+    for name, exact_gradient in expected.items():
+        mine, theirs = ((g[name] - exact_gradient).norm() / exact_gradient.norm() for g in (found, plain))
+        room = 0.1 if "_scale" in name else 0.01  # the terms of its sum cancel
+        assert mine < 2 * theirs + room, f"{name}: {mine:.2g}, and plainly {theirs:.2g}"
 
 
 def test_attention_dropout_is_noise_around_the_same_loss() -> None:

@@ -57,7 +57,7 @@ def test_outer(kind: torch.dtype, rows: int, rank: int, width: int, p: float) ->
 def test_a_frozen_linear_layer(kind: torch.dtype) -> None:
     layer = nn.Linear(64, 96).to(kind).requires_grad_(False)
     kernel = kernels.of(layer.weight)
-    assert products.takes(layer) == (kernel is not None and kernel.multiplies)
+    assert products.takes(layer) == (kernel is not None and bool(kernel.strip))
     assert not products.takes(nn.Linear(64, 96).to(kind))  # it is trained
     assert not products.takes(nn.LayerNorm(64).requires_grad_(False))
     x = torch.randn(2, 70, 64).to(kind).requires_grad_()
@@ -71,3 +71,52 @@ def test_a_frozen_linear_layer(kind: torch.dtype) -> None:
         assert torch.equal(products.linear_forward(layer, layer.forward, x), out)
         with pytest.raises(RuntimeError):  # torch's own refusal: another precision is not this layer's
             products.linear_forward(layer, layer.forward, x.double())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    """By us, where a kernel would read beyond the end of a tensor."""
+    torch.manual_seed(0)
+    x, weight, factor = torch.randn(70, 64).bfloat16(), torch.randn(64, 96).bfloat16(), (torch.randn(64, 2), 1.0)
+    for wrong in (
+        lambda: products.product(x[:, :32], weight),
+        lambda: products.product(x, weight, torch.zeros(32).bfloat16()),
+        lambda: products.product(x, weight, None, torch.zeros(70, 64).bfloat16()),
+        lambda: products.outer(x[:65], x, 1.0),
+        lambda: products.product_with(
+            x, weight, None, products.Added(factor, (torch.zeros(2, 64), 1.0), None, 0.0, products.BEFORE)
+        ),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrong()
+
+
+def test_a_layer_that_is_trained_later_gets_its_gradient(kind: torch.dtype) -> None:
+    layer = nn.Linear(64, 96).to(kind).requires_grad_(False)
+    layer.weight.requires_grad_(True)
+    x = torch.randn(70, 64).to(kind)
+    products.linear_forward(layer, layer.forward, x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_results_may_be_changed_in_place_and_have_no_rows(kind: torch.dtype) -> None:
+    """OLMo clamps its queries; an expert may get no token."""
+    layer = nn.Linear(64, 96).to(kind).requires_grad_(False)
+    out = products.linear_forward(layer, layer.forward, torch.randn(2, 600, 64).to(kind).requires_grad_())
+    out.clamp_(-0.1, 0.1).sum().backward()
+    none = torch.zeros(0, 64).to(kind).requires_grad_()
+    found = products.linear_forward(layer, layer.forward, none)
+    assert found.shape == (0, 96)
+    found.sum().backward()
+    assert none.grad is not None
+
+
+def test_the_same_entries_are_dropped_whole_or_in_vectors() -> None:
+    """The kernels have the hash twice: entry by entry, and for products 16 at a time."""
+    torch.manual_seed(0)
+    x = torch.ones(70, 64).bfloat16()
+    mask = dropout.drawn(x, 0.3)
+    added = products.Added((torch.eye(64), 1.0), (torch.eye(64), 1.0), mask, 0.3, products.BEFORE)
+    zeros = torch.zeros(64, 64).bfloat16()
+    expected = dropout.drop(x, mask, 0.3)
+    assert torch.equal(products.product_with(x, zeros, None, added)[0], expected)
+    assert torch.equal(products.product_with(x, zeros, None, added._replace(at=products.AFTER))[0], expected)

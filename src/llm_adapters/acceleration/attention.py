@@ -1,10 +1,11 @@
 """Attention over packs, as an attention implementation of transformers.
 
-Two batched matrix products and a softmax over the segments, padded to the longest of them, with the shared prefix in
-front of each. On a CPU that is several times faster than its fused attention at the lengths of worked problems, and the
-backward pass is written out so that nothing but the probabilities is kept. Long segments are attended to in blocks of
-rows, each over what it may see, and their probabilities are computed again in the backward pass: what a layer keeps
-grows with the length, and not with its square (without kernels the mask does, but there is one for all layers).
+With kernels, see csrc/segments.c. Without: two batched matrix products and a softmax over the segments, padded to the
+longest of them, with the shared prefix in front of each. On a CPU that is several times faster than its fused attention
+at the lengths of worked problems, and the backward pass is written out so that nothing but the probabilities is kept.
+Long segments are attended to in blocks of rows, each over what it may see, and their probabilities are computed again
+in the backward pass: what a layer keeps grows with the length, and not with its square (without kernels the mask does,
+but there is one for all layers).
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from llm_adapters.acceleration import kernels, pages
 from llm_adapters.acceleration.memory import empty
@@ -177,6 +179,7 @@ class _Packed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         if ctx.kernel is not None:
             return *_gradients_by_kernel(ctx, gradients[0]), None, None, None
@@ -224,7 +227,7 @@ class _Packed(torch.autograd.Function):
 def _kernel(query: torch.Tensor, value: torch.Tensor) -> kernels.Kernels | None:
     kernel = kernels.of(query)
     fits = query.shape[-1] == value.shape[-1] and query.shape[-1] % 32 == 0
-    return kernel if kernel is not None and kernel.multiplies and fits else None
+    return kernel if kernel is not None and kernel.strip and fits else None
 
 
 def _by_kernel(
@@ -237,22 +240,24 @@ def _by_kernel(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """`_Packed.forward`; of the probabilities nothing is kept but each row's sum."""
+    """`_Packed.forward`; of the probabilities nothing is kept but the logarithm of each row's sum."""
     rows = [part.transpose(0, 1).contiguous() for part in (query, key, value)]  # (tokens, heads, width)
     (tokens, heads, width), groups = rows[0].shape, len(key)
-    out, sums = empty(query, tokens, heads, width), query.new_empty(tokens, heads, dtype=torch.float32)
+    if not tokens == pack.tokens == len(rows[1]) == len(rows[2]) or heads % groups or len(value) != groups:
+        raise ValueError(f"{[tuple(part.shape) for part in rows]} of a pack of {pack.tokens} tokens")
+    out, logarithms = empty(query, tokens, heads, width), query.new_empty(tokens, heads, dtype=torch.float32)
     out[pack.end :] = 0
     spans = pack.spans
-    kernel.call("attention", *rows, spans, out, sums, len(spans), heads, groups, width, float(scale), window or 0)
+    kernel.call("attention", *rows, spans, out, logarithms, len(spans), heads, groups, width, float(scale), window or 0)
     if any(ctx.needs_input_grad):
-        ctx.save_for_backward(*rows, sums)
+        ctx.save_for_backward(*rows, logarithms)
         ctx.kernel, ctx.pack, ctx.scale, ctx.window = kernel, pack, scale, window
     return out
 
 
 def _gradients_by_kernel(ctx: Any, grad: torch.Tensor) -> Iterator[torch.Tensor]:
     """The gradients of queries, keys and values."""
-    *rows, sums = ctx.saved_tensors
+    *rows, logarithms = ctx.saved_tensors
     pack, (tokens, heads, width), groups, spans = ctx.pack, rows[0].shape, rows[1].shape[1], ctx.pack.spans
     own = [empty(grad, tokens, heads, width) for _ in range(3)]
     before = [empty(grad, len(spans), pack.prefix, heads, width) for _ in range(2)]
@@ -265,7 +270,7 @@ def _gradients_by_kernel(ctx: Any, grad: torch.Tensor) -> Iterator[torch.Tensor]
         grad.contiguous(),
         *rows,
         spans,
-        sums,
+        logarithms,
         *own,
         *before,
         *sizes,

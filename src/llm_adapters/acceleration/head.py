@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.memory import empty
 from llm_adapters.acceleration.packing import rounded
 from llm_adapters.acceleration.products import product
 
-# Of logits at once: enough rows for the product to run at full speed, and memory that the C library keeps (32 MiB).
+# Of logits at once: enough rows for the product to run at full speed.
 CHUNK_BYTES = 31 * 2**20
 _ROWS = 16  # rows are multiplied in such numbers (see `packing.rounded`), and so many are float32 at a time
 
@@ -53,6 +54,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return (gradient * gradients[0]).to(gradient.dtype), None, None, None

@@ -1,4 +1,4 @@
-"""The functions of kernels.c: what torch does in several passes over memory, in one, on a CPU.
+"""The functions in csrc: what torch does in several passes over memory, in one, on a CPU.
 
 They are compiled by the machine's own C compiler when they are first wanted (a second or two for each precision) and
 kept in the cache. Where there is none, `of` says so and everything is done with torch's functions, in more time.
@@ -21,7 +21,7 @@ import torch
 from llm_adapters.errors import WorkError
 from llm_adapters.files import cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = Path(__file__).with_name("csrc")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _WIDE = ("-mprefer-vector-width=512",)  # compilers think of the clock of older processors
 _EXACT = {  # which argument is float32 in any case
@@ -47,20 +47,20 @@ class Kernels:
         dtype: the precision.
 
     Attributes:
-        multiplies: whether there are products of many rows for this precision and processor.
+        strip: how many rows products take at a time; 0 where there are none for this precision and processor.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._library, self._dtype = library, dtype
         self._functions: dict[str, Any] = {}
-        self.multiplies = hasattr(library, "product")
+        self.strip = int(library.strip_rows()) if hasattr(library, "strip_rows") else 0
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call the C function: tensors by address (None: no address), ints as 64 bits, floats as 32.
 
         Raises:
             TypeError: a floating tensor is not of the precision (but for `_EXACT`), or another not int64.
-            ValueError: a tensor is not in one piece.
+            ValueError: a tensor is not in one piece, or not on the CPU.
         """
         function, exact = self._functions.get(name) or self._declared(name, arguments), _EXACT.get(name)
         function(
@@ -83,6 +83,8 @@ class Kernels:
     def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
         if not tensor.is_contiguous():
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not in one piece")
+        if not tensor.is_cpu:
+            raise ValueError(f"a tensor on {tensor.device}, where the CPU is needed")
         needed = dtype if tensor.dtype.is_floating_point else torch.int64
         if tensor.dtype != needed:
             raise TypeError(f"a tensor of {tensor.dtype}, where {needed} is needed")
@@ -128,13 +130,14 @@ def _compiled(dtype: torch.dtype) -> Path:
         raise WorkError("there is no C compiler (cc, gcc or clang)")
     flags = [*_FLAGS, *(_WIDE if platform.machine() == "x86_64" else ()), *_PRECISIONS[dtype]]
     # A cache may be shared by machines, and what is compiled for one processor does not run on another.
-    parts = SOURCE.read_text("utf-8"), os.path.realpath(compiler), *flags, _processor()
+    sources = [file.read_text("utf-8") for file in sorted(SOURCES.glob("*.[ch]"))]
+    parts = *sources, os.path.realpath(compiler), *flags, _processor()
     path = cache_folder("kernels") / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             # Linked without OpenMP, so that the one that torch has loaded is used, and not a second one beside it.
-            _run([compiler, *flags, "-c", str(SOURCE), "-o", f"{folder}/kernels.o"])
+            _run([compiler, *flags, "-c", str(SOURCES / "kernels.c"), "-o", f"{folder}/kernels.o"])
             _run([compiler, "-shared", f"{folder}/kernels.o", "-o", f"{folder}/kernels.so"])
             os.replace(f"{folder}/kernels.so", path)
     return path

@@ -15,6 +15,7 @@ from llm_adapters.acceleration import dropout, kernels, weights
 from llm_adapters.acceleration.lora import input_gradient, lora_forward, lora_output, lora_parts, weight_gradients
 from llm_adapters.acceleration.memory import empty
 from llm_adapters.acceleration.packing import rounded
+from llm_adapters.acceleration.products import shaped
 from llm_adapters.acceleration.routing import Route
 
 _ROWS = 16  # in such numbers an adapter's rows are multiplied (see `packing.rounded`)
@@ -79,6 +80,7 @@ class CheapDropout(torch.autograd.Function):
         return dropout.drop(x.contiguous(), mask, p, 1.0 / (1.0 - p))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """The same entries of the gradient."""
         (mask,) = ctx.saved_tensors
@@ -109,6 +111,7 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors  # with a kernel, not x but the result
         (grad,) = gradients
@@ -170,16 +173,17 @@ def _silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _silu_gate_gradients(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `_silu_gate`'s factors, and its result again."""
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradients of `_silu_gate`'s factors, and its result if it is wanted `again`."""
     if kernel := kernels.of(gate):
         grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-        d_gate, d_up, out = (empty(gate, *gate.shape) for _ in range(3))
+        d_gate, d_up = empty(gate, *gate.shape), empty(gate, *gate.shape)
+        out = empty(gate, *gate.shape) if again else None
         kernel.call("silu_gate_backward", grad, gate, up, d_gate, d_up, out, gate.numel())
         return d_gate, d_up, out
     active = functional.silu(gate)
-    return torch.ops.aten.silu_backward(grad * up, gate), active * grad, active.mul_(up)
+    return torch.ops.aten.silu_backward(grad * up, gate), active * grad, active.mul_(up) if again else None
 
 
 class _SiluGate(torch.autograd.Function):
@@ -192,8 +196,10 @@ class _SiluGate(torch.autograd.Function):
         return _silu_gate(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return _silu_gate_gradients(gradients[0], *ctx.saved_tensors)[:2]
+        gate, up = ctx.saved_tensors
+        return _silu_gate_gradients(gradients[0], gate, up, False)[:2]
 
 
 class _SiluGateLora(torch.autograd.Function):
@@ -206,7 +212,7 @@ class _SiluGateLora(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(gate, up, *kept)
             ctx.constants = parts[-2:]
-        return out.view(*gate.shape[:-1], -1)
+        return shaped(out, gate)
 
     @staticmethod
     @once_differentiable
@@ -216,7 +222,8 @@ class _SiluGateLora(torch.autograd.Function):
         scale, p = ctx.constants
         d_x, between = input_gradient(grad, kept, scale, p, True)
         assert d_x is not None
-        d_gate, d_up, x = _silu_gate_gradients(d_x, flat_gate, flat_up)
+        d_gate, d_up, x = _silu_gate_gradients(d_x, flat_gate, flat_up, True)
+        assert x is not None
         d_a, d_b = weight_gradients(grad, x, between, kept, scale, p)
         return d_gate.view_as(gate), d_up.view_as(up), None, None, d_a, d_b, None, None
 

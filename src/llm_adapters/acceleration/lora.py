@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from llm_adapters.acceleration import dropout, kernels, products, weights
-from llm_adapters.acceleration.products import Added, paired, whole
+from llm_adapters.acceleration.products import Added, paired, shaped, whole
 from llm_adapters.acceleration.routing import Route
 
 
@@ -27,7 +27,7 @@ class LoraLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, *kept)
             ctx.constants = parts[-2:]
-        return out.view(*x.shape[:-1], -1)
+        return shaped(out, x)
 
     @staticmethod
     @once_differentiable
@@ -72,8 +72,9 @@ def weight_gradients(
     grad: torch.Tensor, x: torch.Tensor, between: torch.Tensor, kept: Any, scale: float, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of A and B for the rows `x`; `between` as `input_gradient` gives it."""
-    _, _, _, middle, mask = kept
-    return products.outer(between, x, 1.0 / (1.0 - p), mask, p), products.outer(middle, grad, scale).t()
+    _, a, _, middle, mask = kept
+    d_a, d_b = products.outer(between, x, 1.0 / (1.0 - p), mask, p), products.outer(middle, grad, scale)
+    return d_a[: len(a)], d_b[: len(a)].t()
 
 
 def lora_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from bisect import bisect
+from pathlib import Path
 
 import torch
 
@@ -111,11 +112,16 @@ class Region:
 _region: list[Region | None] = []  # one or none, when it is known
 
 
+os.register_at_fork(after_in_child=_region.clear)  # the lock may be held by a thread that is not there any more
+
+
 def _the_region() -> Region | None:
     if not _region:
         try:
-            _region.append(Region(os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2))
-        except (OSError, ValueError, AttributeError):  # too little address space is allowed, or no such system
+            # Where the system counts address space as memory, half of it may not be taken.
+            counted = Path("/proc/sys/vm/overcommit_memory").read_text("ascii").strip() == "2"
+            _region.append(None if counted else Region(os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2))
+        except (OSError, ValueError):  # another system, or too little address space is allowed
             _region.append(None)
     return _region[0]
 
@@ -126,7 +132,9 @@ def empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
     size = count * like.element_size()
     region = _the_region() if size >= _SMALL and like.device.type == "cpu" else None
     part = None if region is None else region.take(size)
-    return like.new_empty(shape) if part is None else torch.frombuffer(part, dtype=like.dtype, count=count).view(shape)
+    return (
+        like.new_empty(shape) if part is None else torch.frombuffer(part, dtype=like.dtype, count=count).resize_(shape)
+    )
 
 
 def trim() -> None:

@@ -106,10 +106,12 @@ class Acceleration:
             self.report["packing"] = refused
             return
         with torch.no_grad():
+            # Of several adapters each layer's forward needs to be told the rows: there the packs are the trial.
+            plain = None if self.route is not None else self._plain(sequences[0])
             expected = [] if refused else self._expected(sequences)
             if self.merge and expected:
                 self._merge(sequences, expected[0])
-            self._install_layers()
+            self._install_layers(sequences[0], plain)
             if expected:
                 refused = self._install_packing(sequences, expected)
             self.report["packing"] = self.report["shared prefix"] = refused or ON
@@ -158,7 +160,18 @@ class Acceleration:
         self._merged = refused is None
         self.report["LoRA merged"] = refused or f"{ON}, {count} modules"
 
-    def _install_layers(self) -> None:
+    def _install_layers(self, sequence: list[int], expected: torch.Tensor | None) -> None:
+        """Faster forwards of single modules, unless the `sequence` has other hidden states than `expected` then."""
+        mark = len(self._undo)
+        kinds = self._set_layers()
+        refused = None if expected is None else differs(self._plain(sequence), expected)
+        if refused:
+            while len(self._undo) > mark:
+                self._undo.pop()()
+        self.report |= dict.fromkeys(kinds, refused) if refused else kinds
+
+    def _set_layers(self) -> dict[str, str]:
+        """Give modules faster forwards; what there is of each kind."""
         from llm_adapters.bottleneck.layer import BottleneckLayer
 
         kinds = "fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "frozen linear layers"
@@ -199,8 +212,18 @@ class Acceleration:
                 self._set(module, "forward", forward)
         if file := rotary.modelling_file(self.base):
             self._set(file, rotary.FUNCTION, rotary.rotate_halves)
-        self.report["rotary positions"] = ON if file else "none, or of another kind"
-        self.report |= {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
+        report = {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
+        if not counts["frozen linear layers"]:
+            report["frozen linear layers"] = self._why_no_products() or "no such module"
+        return report | {"rotary positions": ON if file else "none, or of another kind"}
+
+    def _why_no_products(self) -> str | None:
+        if self.frozen:
+            return "for training"
+        kernel = kernels.of(next(self.base.parameters()))
+        if kernel is None:
+            return "there are no kernels"
+        return None if kernel.strip else "the processor or the precision has none"
 
     def _install_packing(self, sequences: list[list[int]], expected: list[list[torch.Tensor]]) -> str | None:
         """Why packing stays off; None where it is on. `expected` as `_expected` gives it."""
@@ -372,11 +395,11 @@ def _why_not_routed(model: Any, names: Sequence[str]) -> str | None:
 
 
 def probe_sequences(base: Any) -> list[list[int]]:
-    """Three sequences of different lengths that begin alike."""
+    """Three sequences of different lengths that begin alike, one of them long enough for all kernels (`products`)."""
     rows = base.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     start = torch.randint(0, rows, (3,), generator=generator).tolist()
-    return [start + torch.randint(0, rows, (n,), generator=generator).tolist() for n in (6, 3, 4)]
+    return [start + torch.randint(0, rows, (n,), generator=generator).tolist() for n in (77, 3, 14)]
 
 
 def differs(found: torch.Tensor, expected: torch.Tensor) -> str | None:

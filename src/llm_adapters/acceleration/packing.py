@@ -87,7 +87,8 @@ class Pack(Once):
 
         def make() -> torch.Tensor:
             ends = zip(self.starts, self.lengths, strict=True)
-            return torch.tensor([(0, self.prefix, 0), *((at, at + size, self.prefix) for at, size in ends)])
+            rows = [(0, self.prefix, 0), *((at, at + size, self.prefix) for at, size in ends)]
+            return torch.tensor(rows, device="cpu")
 
         return self.once("spans", make)
 

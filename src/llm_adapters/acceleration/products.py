@@ -13,10 +13,9 @@ from torch.nn import functional
 from llm_adapters.acceleration import dropout, kernels
 from llm_adapters.acceleration.memory import empty
 
-NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in kernels.c
-_STRIP = 14  # rows that the kernels take at a time
+NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in csrc/products.c
 _FEWEST = 64  # rows for which it is worth laying out a weight
-_WIDEST = 16384  # a piece of the weight that wide is in no cache any more
+_WIDEST = 12288  # a piece of a weight that wide is in no cache any more, nor on a thread's stack
 
 
 class Added(NamedTuple):
@@ -53,24 +52,30 @@ def product(
         out: where to write it; None for a new tensor.
     """
     out = empty(x, len(x), weight.shape[1]) if out is None else out
+    _check(x, weight, bias, out)
     if kernel := _kernel(x, *weight.shape):
         _by(kernel, x, weight, bias, out, (None, None, None, 0), (0, 0, NOWHERE))
         return out
-    torch.mm(x, weight, out=out)
-    return out if bias is None else out.add_(bias)
+    return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 
 
 def product_with(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: Added
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`product` with what is `added`, and what is between its two matrices, (rows, rank), in the precision of x."""
+    """`product` with what is `added`, and what is between its two matrices, in the precision of x.
+
+    The latter is (rows, rank), or wider, with zeros, where the kernels want that.
+    """
     kernel, (down, up, mask, p, at) = _kernel(x, *weight.shape), added
+    if (len(down[0]), up[0].shape[1]) != weight.shape or down[0].shape[1] != len(up[0]):
+        raise ValueError(f"a LoRA of {_shapes(down[0], up[0])} beside a weight of {_shapes(weight)}")
+    _check(x, weight, bias)
     if kernel and (mask is None or not mask.dim()) and down[0].dtype == up[0].dtype == torch.float32:
         rows, width, rank = len(x), weight.shape[1], up[0].shape[0]
-        out, middle = empty(x, rows, width), empty(x, -(-rows // _STRIP) * _STRIP, whole(rank))
+        out, middle = empty(x, rows, width), empty(x, -(-rows // kernel.strip) * kernel.strip, whole(rank))
         pairs = [paired(*part, x.new_empty(*map(whole, part[0].shape))) for part in (down, up)]
         _by(kernel, x, weight, bias, out, (*pairs, middle, whole(rank)), _seed(mask, p, at))
-        return out, middle[:rows, :rank].contiguous()
+        return out, middle[:rows]
     out = functional.linear(x, weight.t(), bias)
     first, second = ((part * factor).to(x.dtype) for part, factor in (down, up))
     middle = (x if mask is None or at == AFTER else dropout.drop(x, mask, p)) @ first
@@ -116,6 +121,8 @@ def outer(
         (rank, width), float32.
     """
     (rows, rank), width = left.shape, x.shape[1]
+    if len(x) != rows:
+        raise ValueError(f"an outer product of {_shapes(left, x)}: their rows are not as many")
     kernel = _kernel(x, rank, width)
     if kernel is None or not (mask is None or not mask.dim()):
         seen = x if mask is None else dropout.drop(x, mask, p)
@@ -129,9 +136,29 @@ def outer(
 def _kernel(x: torch.Tensor, into: int, width: int) -> kernels.Kernels | None:
     """The kernels, if they have products and these sizes are theirs."""
     kernel = kernels.of(x)
-    if kernel is None or not kernel.multiplies or len(x) < _FEWEST or into > _WIDEST or into % 32 or width % 32:
+    if kernel is None or not kernel.strip or len(x) < _FEWEST or into > _WIDEST or into % 32 or width % 32:
         return None
     return kernel
+
+
+def shaped(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`out` (rows, width), a tensor of its own, with the dimensions of `like` but the last.
+
+    Not a view, as what a custom function returns may be changed in place (OLMo clamps its queries) only if it is none.
+    """
+    return out.resize_(*like.shape[:-1], out.shape[-1])
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> None:
+    """A kernel would read and write beyond the end of what does not fit."""
+    (rows, into), width = x.shape, weight.shape[1]
+    wrong = into != len(weight) or (bias is not None and bias.shape != (width,))
+    if wrong or (out is not None and out.shape != (rows, width)):
+        raise ValueError(f"a product of {_shapes(x, weight)} with a bias of {_shapes(bias)} for {_shapes(out)}")
+
+
+def _shapes(*tensors: torch.Tensor | None) -> str:
+    return " and ".join("none" if tensor is None else str(tuple(tensor.shape)) for tensor in tensors)
 
 
 def whole(size: int) -> int:
@@ -162,26 +189,30 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return product(x.reshape(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
+        return shaped(product(x.reshape(-1, x.shape[-1]), weight.t(), bias), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         grad = gradients[0]
-        return product(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], -1), None, None
+        return shaped(product(grad.reshape(-1, grad.shape[-1]), weight), grad), None, None
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
 
 
 def takes(layer: nn.Module) -> bool:
     """Whether `layer` is a frozen linear layer that `linear_forward` makes faster."""
-    if type(layer) is not nn.Linear or any(p.requires_grad for p in layer.parameters()):
+    if type(layer) is not nn.Linear or _is_trained(layer) or "forward" in vars(layer):
         return False
     kernel = kernels.of(layer.weight)
-    return kernel is not None and kernel.multiplies
+    return kernel is not None and bool(kernel.strip)
 
 
 def linear_forward(layer: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
     """A linear layer whose weights are frozen; `own` is its forward, for whatever this one does not do."""
-    if x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type) or _is_trained(layer):
         return own(x)
     return _Linear.apply(x, layer.weight, layer.bias)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from llm_adapters.acceleration import kernels
 from llm_adapters.acceleration.memory import empty
@@ -31,6 +32,7 @@ class _Rotary(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         grad = gradients[0]
