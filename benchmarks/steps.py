@@ -35,7 +35,7 @@ STEPS: dict[str, dict[str, Any]] = {
         f"{_ACCELERATION}.rotary.modelling_file": lambda _: None,
     },
     "kept memory": {f"{_ACCELERATION}.model.keep_memory": lambda: False},
-    "packs of 1,344 tokens": {},
+    "packs of 2,688 tokens": {},
     "kernels": {f"{_ACCELERATION}.kernels.off": True},
 }
 NAMES = list(STEPS)
@@ -71,7 +71,7 @@ def step(spec: dict) -> dict:
             for target, replacement in STEPS[name].items():
                 stack.enter_context(mock.patch(target, replacement))
         fast = stack.enter_context(Acceleration(model, on=at >= 2))
-        limit = 1344 if at >= NAMES.index("packs of 1,344 tokens") else 1024
+        limit = 2688 if at >= NAMES.index("packs of 2,688 tokens") else 1024
         collator = Collator(tokenizer.pad_token_id, packed=fast.packs, tokens=limit)
         for start in range(0, len(examples), batch):
             chosen = examples[start : start + batch]

@@ -170,7 +170,7 @@ class Collator:
 
     pad_token_id: int
     packed: bool = True
-    tokens: int = 1344
+    tokens: int = 2688
     most: int | None = None
     device: Any = None
 

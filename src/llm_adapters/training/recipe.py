@@ -93,7 +93,7 @@ class TrainingSettings:
     epochs: float = 3
     max_steps: int | None = None
     batch_size: int = 16
-    micro_batch_tokens: int = 1344
+    micro_batch_tokens: int = 2688
     micro_batch_size: int | None = None
     learning_rate: float = 3e-4
     warmup: float = 0.1
