@@ -34,9 +34,9 @@ STEPS: dict[str, dict[str, Any]] = {
         f"{_ACCELERATION}.layers.is_silu_mlp": lambda _: False,
         f"{_ACCELERATION}.rotary.modelling_file": lambda _: None,
     },
-    "kept memory": {f"{_ACCELERATION}.model.keep_memory": lambda: False},
-    "packs of 2,688 tokens": {},
+    "kept memory": {f"{_ACCELERATION}.memory.keep_memory": lambda: False, f"{_ACCELERATION}.memory._region": [None]},
     "kernels": {f"{_ACCELERATION}.kernels.off": True},
+    "packs of 2,688 tokens": {},
 }
 NAMES = list(STEPS)
 WARM_UP = 1
