@@ -313,3 +313,21 @@ def test_rotary_positions_are_the_families_own(family: str) -> None:
         assert (fast.report["rotary positions"] == ON) == (family != "gptj")
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert module.apply_rotary_pos_emb is own
+
+
+def test_module_forwards_that_differ_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("llama", "lora").train()
+    plain = plain_loss(model, examples())
+    monkeypatch.setattr("llm_adapters.acceleration.layers.rms_forward", lambda own, weight, eps, x: own(x) * 1.1)
+    with Acceleration(model) as fast:
+        assert "would differ" in fast.report["RMS norm"]
+        assert "would differ" in fast.report["fused LoRA"]
+        assert not any("forward" in vars(m) for m in model.modules() if "Norm" in type(m).__name__)
+        torch.testing.assert_close(fast_loss(fast, examples()), plain, rtol=1e-5, atol=0)
+
+
+def test_the_report_says_why_there_are_no_products() -> None:
+    model = adapted("llama", "lora")
+    with Acceleration(model) as fast:
+        reason = fast.report["frozen linear layers"]
+        assert reason == ("there are no kernels" if kernels.off else "the processor or the precision has none")

@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused() -> None:
             x, weight, None, products.Added(factor, (torch.zeros(2, 64), 1.0), None, 0.0, products.BEFORE)
         ),
     ):
-        with pytest.raises((ValueError, RuntimeError)):
+        with pytest.raises(ValueError, match=r"^(a product|an outer product|a LoRA) of \("):
             wrong()
 
 
@@ -120,3 +120,21 @@ def test_the_same_entries_are_dropped_whole_or_in_vectors() -> None:
     expected = dropout.drop(x, mask, 0.3)
     assert torch.equal(products.product_with(x, zeros, None, added)[0], expected)
     assert torch.equal(products.product_with(x, zeros, None, added._replace(at=products.AFTER))[0], expected)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    torch.manual_seed(0)
+    x, weight, left = (torch.randn(shape).bfloat16() for shape in ((300, 64), (64, 96), (300, 32)))
+    if (kernel := kernels.of(x)) is None or not kernel.strip:
+        pytest.skip("torch's own products may differ by rounding")
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(
+                torch.cat((products.product(x, weight).float(), products.outer(left, x, 1.0).repeat(1, 2)[:, :96]))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

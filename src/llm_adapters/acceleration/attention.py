@@ -156,7 +156,8 @@ class _Packed(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.kernel = None
         if (kernel := _kernel(query, value)) is not None:
-            return _by_kernel(kernel, ctx, query, key, value, pack, scale, window)
+            rows = [part.transpose(0, 1).contiguous() for part in (query, key, value)]
+            return _by_kernel(ctx, kernel, rows, pack, scale, window)
         heads, tokens, _ = query.shape
         out = empty(query, tokens, heads, value.shape[-1])
         kept = []
@@ -231,21 +232,16 @@ def _kernel(query: torch.Tensor, value: torch.Tensor) -> kernels.Kernels | None:
 
 
 def _by_kernel(
-    kernel: kernels.Kernels,
-    ctx: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pack: Pack,
-    scale: float,
-    window: int | None,
+    ctx: Any, kernel: kernels.Kernels, rows: list[torch.Tensor], pack: Pack, scale: float, window: int | None
 ) -> torch.Tensor:
-    """`_Packed.forward`; of the probabilities nothing is kept but the logarithm of each row's sum."""
-    rows = [part.transpose(0, 1).contiguous() for part in (query, key, value)]  # (tokens, heads, width)
-    (tokens, heads, width), groups = rows[0].shape, len(key)
-    if not tokens == pack.tokens == len(rows[1]) == len(rows[2]) or heads % groups or len(value) != groups:
+    """`_Packed.forward`; nothing of the probabilities is kept but the logarithm of each row's sum.
+
+    `rows` are queries, keys and values, (tokens, heads, width).
+    """
+    (tokens, heads, width), groups = rows[0].shape, rows[1].shape[1]
+    if tokens != pack.tokens or heads % groups or any(part.shape != (tokens, groups, width) for part in rows[1:]):
         raise ValueError(f"{[tuple(part.shape) for part in rows]} of a pack of {pack.tokens} tokens")
-    out, logarithms = empty(query, tokens, heads, width), query.new_empty(tokens, heads, dtype=torch.float32)
+    out, logarithms = empty(rows[0], tokens, heads, width), rows[0].new_empty(tokens, heads, dtype=torch.float32)
     out[pack.end :] = 0
     spans = pack.spans
     kernel.call("attention", *rows, spans, out, logarithms, len(spans), heads, groups, width, float(scale), window or 0)

@@ -1,7 +1,7 @@
 """Memory for large tensors on a CPU, kept from step to step and in one piece.
 
-The C library mixes large tensors with the small objects that outlive them, and (before glibc 2.38) puts a tensor in the
-hole of another one only where there are 96 bytes to spare: in a training step a quarter of what it held was holes.
+The C library mixes large tensors with the small objects that outlive them, and (glibc 2.36) seldom puts a tensor in the
+hole of another one of the same size: in a training step a quarter of what it held was holes.
 """
 
 import ctypes

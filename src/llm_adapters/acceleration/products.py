@@ -15,7 +15,7 @@ from llm_adapters.acceleration.memory import empty
 
 NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in csrc/products.c
 _FEWEST = 64  # rows for which it is worth laying out a weight
-_WIDEST = 12288  # a piece of a weight that wide is in no cache any more, nor on a thread's stack
+_WIDEST = 12288  # beyond, a piece of the weight is in no cache, and too much for a thread's stack
 
 
 class Added(NamedTuple):
