@@ -69,7 +69,7 @@ def train(spec: dict) -> dict:
 
 def merge(spec: dict) -> dict:
     """The merged model, for those who know no adapters."""
-    from llm_adapters import models
+    from llm_adapters.models import loading as models
 
     loaded = models.load(spec["run"], dtype="bfloat16", device="cpu")
     loaded.model.merge_and_unload().save_pretrained(spec["merged"])
@@ -79,10 +79,10 @@ def merge(spec: dict) -> dict:
 
 def prepare(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train what is missing in `asked.runs`, and write the prompts as token ids to `folder`: the same for all."""
-    from llm_adapters import models
-    from llm_adapters.evaluation.generation import end_tokens
+    from llm_adapters.generation.generator import end_tokens
+    from llm_adapters.models import loading as models
     from llm_adapters.tasks.catalog import load_task
-    from llm_adapters.tasks.prompts import encode_prompt, render_prompt
+    from llm_adapters.tasks.templates import encode_prompt, render_prompt
 
     runs, needed = asked.runs, {VARIANTS[variant] for variant in asked.variants}
     runs.mkdir(parents=True, exist_ok=True)
@@ -189,8 +189,8 @@ def peft_model(spec: dict) -> Any:
 
 def ours(spec: dict) -> dict:
     """This project's engine, as `evaluate` uses it; merging is its own work, and not timed, as little as loading is."""
-    from llm_adapters import models
-    from llm_adapters.evaluation.generation import Generator
+    from llm_adapters.generation.generator import Generator
+    from llm_adapters.models import loading as models
 
     loaded = models.load(spec["run"], dtype="bfloat16", device="cpu")
     merged = spec["variant"] == "lora_merged"
@@ -355,7 +355,7 @@ def judge(job: dict, answers: list[list[int]]) -> int:
     """How many answers are right."""
     from llm_adapters.tasks import catalog
     from llm_adapters.tasks.answers import extract, is_correct
-    from llm_adapters.tasks.prompts import response_of
+    from llm_adapters.tasks.templates import response_of
 
     correct = 0
     for (task, question), tokens in zip(job["questions"], answers, strict=True):

@@ -14,10 +14,10 @@ import sys
 import time
 from importlib.metadata import version
 
-from llm_adapters import models
-from llm_adapters.evaluation import generation
+from llm_adapters.generation import generator as generation
+from llm_adapters.models import loading as models
 from llm_adapters.tasks.catalog import load_task
-from llm_adapters.tasks.prompts import encode_prompt, render_prompt
+from llm_adapters.tasks.templates import encode_prompt, render_prompt
 
 
 def main() -> None:

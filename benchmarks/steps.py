@@ -20,22 +20,22 @@ from unittest import mock
 import common
 import training
 
-_ACCELERATION = "llm_adapters.acceleration"
+_FAST_PATHS, _OPS = "llm_adapters.fast_paths", "llm_adapters.ops"
 # What a row turns on, and what is put in its place in the rows above it.
 STEPS: dict[str, dict[str, Any]] = {
     "plain: transformers and PEFT, 4 examples at a time, padded": {},
     "rows by length, logits at labels only": {},
-    "output head and loss in one": {f"{_ACCELERATION}.model.Acceleration._why_no_head": lambda *_: "left out"},
-    "packs of 1,024 tokens": {f"{_ACCELERATION}.model._why_not": lambda *_: "left out"},
-    "shared prefix": {"llm_adapters.training.batching._shared": lambda _: 0},
-    "LoRA in one function, cheap dropout": {f"{_ACCELERATION}.lora.lora_weight": lambda _: None},
+    "output head and loss in one": {f"{_FAST_PATHS}.session.FastPaths._why_no_head": lambda *_: "left out"},
+    "packs of 1,024 tokens": {f"{_FAST_PATHS}.session._why_not": lambda *_: "left out"},
+    "shared prefix": {"llm_adapters.training.collator._shared": lambda _: 0},
+    "LoRA in one function, cheap dropout": {f"{_FAST_PATHS}.lora.lora_weight": lambda _: None},
     "RMS norm, gated MLP, rotary positions": {
-        f"{_ACCELERATION}.layers.rms_parts": lambda _: None,
-        f"{_ACCELERATION}.layers.is_silu_mlp": lambda _: False,
-        f"{_ACCELERATION}.rotary.modelling_file": lambda _: None,
+        f"{_FAST_PATHS}.layers.rms_parts": lambda _: None,
+        f"{_FAST_PATHS}.layers.is_silu_mlp": lambda _: False,
+        f"{_OPS}.rotary.modelling_file": lambda _: None,
     },
-    "kept memory": {f"{_ACCELERATION}.memory.keep_memory": lambda: False, f"{_ACCELERATION}.memory._region": [None]},
-    "kernels": {f"{_ACCELERATION}.kernels.off": True},
+    "kept memory": {f"{_OPS}.cpu.allocator.keep_memory": lambda: False, f"{_OPS}.cpu.allocator._region": [None]},
+    "kernels": {f"{_OPS}.cpu.build.off": True},
     "packs of 2,688 tokens": {},
 }
 NAMES = list(STEPS)
@@ -48,8 +48,8 @@ def step(spec: dict) -> dict:
     from peft import get_peft_model
     from transformers import DataCollatorForSeq2Seq
 
-    from llm_adapters.tasks.prompts import Encoded
-    from llm_adapters.training import Acceleration, Collator
+    from llm_adapters.tasks.templates import Encoded
+    from llm_adapters.training import Collator, FastPaths
 
     model, tokenizer, data = training.load(spec)
     model = get_peft_model(model, training.peft_config("lora", 0.05)).train()
@@ -70,7 +70,7 @@ def step(spec: dict) -> dict:
         for name in NAMES[at + 1 :]:
             for target, replacement in STEPS[name].items():
                 stack.enter_context(mock.patch(target, replacement))
-        fast = stack.enter_context(Acceleration(model, on=at >= 2))
+        fast = stack.enter_context(FastPaths(model, on=at >= 2))
         limit = 2688 if at >= NAMES.index("packs of 2,688 tokens") else 1024
         collator = Collator(tokenizer.pad_token_id, packed=fast.packs, tokens=limit)
         for start in range(0, len(examples), batch):

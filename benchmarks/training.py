@@ -53,9 +53,9 @@ P2: dict[str, Any] = {"trainer": "trainer", "layout": "padding_free", "sampling"
 
 def prepare(count: int, folder: Path) -> dict[str, Any]:
     """Write the job's examples to `folder`: as token ids for the peers, as texts for ours."""
-    from llm_adapters import models
+    from llm_adapters.models import loading as models
     from llm_adapters.tasks.catalog import load_training_data
-    from llm_adapters.tasks.prompts import encode_example
+    from llm_adapters.tasks.templates import encode_example
 
     base = models.load_base("smollm2-135m", dtype="bfloat16", device="cpu")
     chosen = []

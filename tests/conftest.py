@@ -1,15 +1,11 @@
 """What all tests share: where outside data lies, and tiny models that need no download."""
 
 import os
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
-
-# The bottleneck's tests hold what those of other methods need too: its variants, and the capability table.
-sys.path.insert(0, str(Path(__file__).parent / "bottleneck_method"))
-from capabilities import pytest_addoption, pytest_configure  # noqa: F401
+from capabilities import pytest_addoption, pytest_configure  # noqa: F401 -- hooks of pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors gain nothing from a second thread, and threads that wait for each other on a busy machine lose a lot.

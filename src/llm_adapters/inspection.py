@@ -5,8 +5,9 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm_adapters import architectures, methods, models
+from llm_adapters import architectures, methods
 from llm_adapters.errors import RequestError
+from llm_adapters.models import loading as models
 
 ADAM_STATES = 2  # AdamW keeps two numbers per trained parameter, in float32 like the adapter and its gradient
 

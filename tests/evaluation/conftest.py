@@ -1,12 +1,7 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from llm_adapters.acceleration import kernels
-
-sys.path.insert(0, str(Path(__file__).parent))
+from llm_adapters.ops.cpu import build as kernels
 
 
 @pytest.fixture(autouse=True)

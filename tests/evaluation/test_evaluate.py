@@ -8,11 +8,12 @@ import yaml
 from tiny import POSITIONS, save_tiny
 
 from llm_adapters.errors import RequestError
-from llm_adapters.evaluation import compare_evaluations, evaluate, generation, read_evaluation, rescore, runner
-from llm_adapters.evaluation.generation import Generation
+from llm_adapters.evaluation import compare_evaluations, evaluate, read_evaluation, rescore, runner
+from llm_adapters.generation import generator as generation
+from llm_adapters.generation.generator import Generation
 from llm_adapters.models import load_base
 from llm_adapters.tasks import leakage
-from llm_adapters.tasks.prompts import encode_prompt, render_prompt
+from llm_adapters.tasks.templates import encode_prompt, render_prompt
 
 OUTPUTS = {
     "one": "1 + 4 = 5\nThe answer is 5.",  # right

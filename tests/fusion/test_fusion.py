@@ -11,7 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_helpers import DEAR, adapted, assert_unchanged, config_of, fresh, ids, plain, snapshot
+from bottleneck_helpers import (
+    BLOCKS,
+    DEAR,
+    LLAMA_LIKE,
+    OUTPUT_INSIDE,
+    RESIDUAL_INSIDE,
+    adapted,
+    assert_unchanged,
+    config_of,
+    delta_of,
+    fresh,
+    ids,
+    plain,
+    snapshot,
+)
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -19,7 +33,6 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from test_semantics import BLOCKS, LLAMA_LIKE, OUTPUT_INSIDE, RESIDUAL_INSIDE, delta_of
 from tiny import FAMILIES, HIDDEN, LAYERS, save_tiny, tiny_model
 from torch import nn
 

@@ -50,7 +50,7 @@ def test_places_and_files_are_distinct():
 
 def test_importing_the_catalogue_loads_nothing_heavy():
     heavy = {"torch", "transformers", "datasets", "numpy", "pooch", "requests", "rich", "yaml"}
-    code = f"import sys, llm_adapters.tasks.catalog, llm_adapters.tasks.prompts; print(*{heavy} & set(sys.modules))"
+    code = f"import sys, llm_adapters.tasks.catalog, llm_adapters.tasks.templates; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 

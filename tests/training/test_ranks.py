@@ -70,7 +70,7 @@ def test_two_processes_give_the_adapter_of_one(family: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_model_may_be_sharded_once_it_is_accelerated() -> None:
-    found = json.loads(launch(2, Path(__file__).with_name("sharded.py")).splitlines()[-1])  # FSDP2
+    found = json.loads(launch(2, Path(__file__).parents[1] / "support/sharded.py").splitlines()[-1])  # FSDP2
     assert found["packed"]
     assert found["all"] == pytest.approx(found["one"], rel=1e-6)
     assert found["furthest"] < 1e-5

@@ -73,7 +73,7 @@ def test_every_shipped_recipe_fits_a_model_of_its_family(file: Path) -> None:
 
 
 def test_the_demo_trains_what_its_recipe_says() -> None:
-    from llm_adapters.studies.demo import recipe
+    from llm_adapters.cli.demo import recipe
 
     expected = load_recipe(RECIPES / "smollm2-wordproblems.yaml")
     assert recipe("lora") == expected

@@ -215,7 +215,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(models: dict[str, Path
 def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_adapters.acceleration import head
+    from llm_adapters.ops import cross_entropy as head
 
     monkeypatch.setattr(head, "head_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(WorkError, match="the loss is nan at step 1"):

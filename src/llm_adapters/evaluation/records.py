@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_adapters.errors import RequestError
 from llm_adapters.files import write_text
 from llm_adapters.tasks.answers import extract, is_correct
-from llm_adapters.tasks.prompts import response_of
+from llm_adapters.tasks.templates import response_of
 
 
 @dataclass(frozen=True)

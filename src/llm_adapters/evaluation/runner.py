@@ -15,15 +15,15 @@ from typing import Any
 from llm_adapters._version import __version__
 from llm_adapters.checkpoints import read_json
 from llm_adapters.errors import RequestError
-from llm_adapters.evaluation import generation
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
 from llm_adapters.evaluation.records import Journal, Record
 from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
+from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, load
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import Example, Task, get, load_task
-from llm_adapters.tasks.prompts import TEMPLATES, encode_prompt, render_prompt
+from llm_adapters.tasks.templates import TEMPLATES, encode_prompt, render_prompt
 
 SEEN_WARNING = 0.01  # the share of questions in the training data above which a score is called into question
 

@@ -1,11 +1,11 @@
 """Fine-tuning: the recipe, the batches, the loss, and the run folder.
 
-For a loop or a Trainer of one's own: `Acceleration` makes a model fast, `Collator` cuts examples into micro-batches.
+For a loop or a Trainer of one's own: `FastPaths` makes a model fast, `Collator` cuts examples into micro-batches.
 """
 
-from llm_adapters.acceleration import Acceleration
-from llm_adapters.training.batching import Collator
+from llm_adapters.fast_paths import FastPaths
+from llm_adapters.training.collator import Collator
 from llm_adapters.training.recipe import Recipe, load_recipe
 from llm_adapters.training.run import Interrupted, Run, train
 
-__all__ = ["Acceleration", "Collator", "Interrupted", "Recipe", "Run", "load_recipe", "train"]
+__all__ = ["Collator", "FastPaths", "Interrupted", "Recipe", "Run", "load_recipe", "train"]

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llm_adapters import methods, models
+from llm_adapters import methods
 from llm_adapters._version import __version__
-from llm_adapters.acceleration import Acceleration
 from llm_adapters.errors import RequestError, WorkError
+from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import write_json, write_text
+from llm_adapters.models import loading as models
 from llm_adapters.tasks.catalog import load_training_data
-from llm_adapters.training import batching
+from llm_adapters.training import collator as batching
 from llm_adapters.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     processes.wait()
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
-    with Acceleration(model, recipe.training.accelerate) as fast:
+    with FastPaths(model, recipe.training.accelerate) as fast:
         recorder, state = _fit(model, base, data, recipe, folder, resumes, progress, fast.packs)
     _check_finite(model)
     model.eval()

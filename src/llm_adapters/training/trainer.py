@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_adapters.errors import WorkError
-from llm_adapters.training.batching import Shuffle
+from llm_adapters.training.collator import Shuffle
 
 COMPLETE = "complete"  # written last into a checkpoint: without it the save was cut off
 

@@ -1,0 +1,69 @@
+"""Generation by transformers' own `generate`, for the families and methods that the engine does not take.
+
+Batches are padded on the left, and attention mask and position ids always say so: in float32 an answer does not depend
+on its neighbours.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from llm_adapters.fast_paths.routing import prompt_learning
+from llm_adapters.generation.decoding import require_numbers
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], max_new_tokens: int, num_beams: int
+) -> list[list[int]]:
+    """The generated tokens after each of `prompts`, with the one of `ends` that ends them if there is one.
+
+    Args:
+        model: a transformers model or a `PeftModel`, in eval mode.
+        prompts: token ids, none empty.
+        pad: the token to pad with.
+        ends: the tokens that end an answer.
+        max_new_tokens: the longest answer.
+        num_beams: 1 for greedy decoding.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, pad_token_id=pad, eos_token_id=list(ends)
+    )
+    generator, inputs = _inputs(model, ids, mask)
+    sequences = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([_numbers]))
+    given = 0 if "inputs_embeds" in inputs else width
+    rows = []
+    for sequence in sequences[:, given:].tolist():
+        stop = next((at for at, token in enumerate(sequence) if token in ends), len(sequence))
+        rows.append(sequence[: stop + 1])
+    return rows
+
+
+def _inputs(model: Any, ids: "torch.Tensor", mask: "torch.Tensor") -> "tuple[Any, dict[str, torch.Tensor]]":
+    """What to call `generate` of, and with what, so that the positions are right.
+
+    Position ids come from the mask, in transformers' `generate`. PEFT drops them for prompt tuning and p-tuning, and
+    puts the learned embeddings before the padding; there the base model is given the embeddings, padding first.
+    """
+    peft = prompt_learning(model)
+    if peft is None or peft.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
+        return model, {"input_ids": ids, "attention_mask": mask}
+    words = model.word_embeddings(ids)
+    learned = model.get_prompt(batch_size=len(ids)).to(words.dtype)
+    virtual = learned.shape[1]
+    embeddings = torch.cat((words.new_zeros(len(ids), virtual, words.shape[2]), words), dim=1)
+    longer = torch.cat((mask.new_zeros(len(ids), virtual), mask), dim=1)
+    for row, start in enumerate((longer.shape[1] - longer.sum(1)).tolist()):
+        embeddings[row, start - virtual : start] = learned[row]
+        longer[row, start - virtual : start] = 1
+    return model.get_base_model(), {"inputs_embeds": embeddings, "attention_mask": longer}
+
+
+def _numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    require_numbers(scores)
+    return scores

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from llm_adapters.ops.cpu import build as kernels
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models gain nothing from a second thread, and lose much where other work runs beside the tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def functions(request, monkeypatch):
+    """Everything holds with the compiled functions, and with torch's in their place."""
+    monkeypatch.setattr(kernels, "off", request.param == "torch")

@@ -1,0 +1,44 @@
+"""What the tests of generation share: prompts, adapters that do something, and generation in its plainest form."""
+
+import copy
+import random
+
+import peft
+import torch
+from tiny import tiny_tokenizer
+
+from llm_adapters.generation.generator import generate
+
+NEW = 8
+LENGTHS = (5, 17, 33, 9, 1, 26, 26, 40, 2)
+
+
+def make_prompts():
+    choose = random.Random(1)
+    return [[choose.randrange(3, 300) for _ in range(length)] for length in LENGTHS]
+
+
+def run(model, prompts, **options):
+    return dict(generate(model, tiny_tokenizer(), prompts, **{"max_new_tokens": NEW} | options))
+
+
+def reference(model, prompt, ends=(2,)):
+    """Greedy decoding in its plainest form: one prompt, no padding, no cache, the whole text anew for every token."""
+    tokens = []
+    with torch.no_grad():
+        while len(tokens) < NEW:
+            following = int(model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, -1].argmax())
+            if following in ends:
+                break
+            tokens.append(following)
+    return tuple(tokens)
+
+
+def trained(model, config, seed=3):
+    """A PEFT model whose adapter weights are not at their start, where most adapters do nothing."""
+    adapted = peft.get_peft_model(model, copy.deepcopy(config))  # PEFT fills in the model's sizes
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return adapted.eval()

@@ -1,0 +1,151 @@
+"""Encoding, the validation split, padding and the order of the data."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+
+from llm_adapters.errors import RequestError
+from llm_adapters.fast_paths import split
+from llm_adapters.tasks.examples import Example
+from llm_adapters.tasks.templates import Encoded
+from llm_adapters.training.collator import Collator, Shuffle, prepare
+from llm_adapters.training.recipe import DataSettings
+
+EXAMPLES = [Example(question=f"What is {n} plus {n}?", response="so " * n + f"{2 * n}") for n in range(1, 21)]
+
+
+def settings(**values: object) -> DataSettings:
+    return DataSettings(**{"template": "plain", "max_length": 512, **values})  # type: ignore[arg-type]
+
+
+def test_every_example_ends_and_only_the_response_is_labelled() -> None:
+    data = prepare(EXAMPLES, tiny_tokenizer(), settings(), seed=1)
+    assert len(data.train) == 20
+    for encoded in data.train:
+        assert encoded.input_ids[-1] == tiny_tokenizer().eos_token_id
+        assert encoded.labels[-1] == encoded.input_ids[-1]
+        assert set(encoded.labels[: encoded.prompt_length]) == {-100}
+
+
+def test_the_seed_decides_the_order_and_the_limit_comes_after_the_shuffle() -> None:
+    one, same, other = (prepare(EXAMPLES, tiny_tokenizer(), settings(limit=5), seed=s) for s in (1, 1, 2))
+    assert one.questions == same.questions != other.questions
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert len(one.questions) == 5
+    assert one.questions != [e.question for e in EXAMPLES[:5]]
+
+
+@pytest.mark.parametrize(("validation", "held_out"), [(4, 4), (0.25, 5), (0, 0)])
+def test_the_validation_split_shares_nothing_with_training(validation: float, held_out: int) -> None:
+    data = prepare(EXAMPLES, tiny_tokenizer(), settings(validation=validation), seed=1)
+    assert len(data.validation) == held_out
+    assert len(data.train) == 20 - held_out
+    train, validated = ({tuple(e.input_ids) for e in part} for part in (data.train, data.validation))
+    assert not train & validated
+
+
+def test_too_long_examples_are_dropped_cut_or_refused_as_asked() -> None:
+    tokenizer = tiny_tokenizer()
+    lengths = sorted(len(e.input_ids) for e in prepare(EXAMPLES, tokenizer, settings(), seed=1).train)
+    limit = lengths[9]
+    longer = sum(length > limit for length in lengths)
+    assert longer
+    dropped = prepare(EXAMPLES, tokenizer, settings(max_length=limit), seed=1)
+    assert (dropped.dropped, len(dropped.train)) == (longer, 20 - longer)
+    cut = prepare(EXAMPLES, tokenizer, settings(max_length=limit, too_long="cut"), seed=1)
+    assert (cut.cut, len(cut.train)) == (longer, 20)
+    assert max(len(e.input_ids) for e in cut.train) == limit
+    with pytest.raises(RequestError, match=rf"tokens, data\.max_length is {limit}"):
+        prepare(EXAMPLES, tokenizer, settings(max_length=limit, too_long="error"), seed=1)
+
+
+def test_what_leaves_nothing_to_train_on_is_an_error() -> None:
+    with pytest.raises(RequestError, match=r"all 20 are longer than data\.max_length, 5"):
+        prepare(EXAMPLES, tiny_tokenizer(), settings(max_length=5), seed=1)
+    with pytest.raises(RequestError, match="the validation split takes 20 of 20"):
+        prepare(EXAMPLES, tiny_tokenizer(), settings(validation=20), seed=1)
+    with pytest.raises(RequestError, match="leaves none"):
+        prepare(EXAMPLES, tiny_tokenizer(), settings(validation=0.001), seed=1)
+    with pytest.raises(RequestError, match="at most 64 tokens"):
+        prepare(EXAMPLES, tiny_tokenizer(), settings(max_length=65), seed=1, context=64)
+
+
+SHORT, LONG = Encoded([5, 6], [5, 6], 0), Encoded([7, 8, 9], [-100, 8, 9], 1)
+
+
+def test_padded_rows_are_padded_on_the_right_and_no_first_token_is_a_label() -> None:
+    (micro,) = Collator(0, packed=False).cut([SHORT, LONG])
+    assert {name: rows.tolist() for name, rows in micro.inputs.items()} == {
+        "input_ids": [[7, 8, 9], [5, 6, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+    }
+    assert micro.at.tolist() == [0, 1, 3]  # the place before each label
+    assert micro.targets.tolist() == [8, 9, 6]
+    assert (micro.tokens, micro.pack) == (5, None)
+
+
+def test_a_pack_holds_the_common_beginning_once() -> None:
+    one = Encoded([7, 7, 7, 1, 2], [-100, -100, -100, -100, 2], 4)
+    other = Encoded([7, 7, 7, 3], [-100, -100, -100, 3], 3)
+    (micro,) = Collator(0).cut([other, one])
+    assert micro.pack is not None
+    # The last of the three predicts a label of the second example, so that it is not shared.
+    assert micro.pack.prefix == 2
+    assert micro.pack.end == 7
+    assert micro.pack.input_ids.tolist() == [[7, 7, 7, 1, 2, 7, 3, 0]]  # a filler makes the size round
+    assert micro.pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0]]
+    assert (micro.at.tolist(), micro.targets.tolist()) == ([3, 5], [2, 3])
+    assert micro.tokens == 9
+
+
+def test_where_the_prompt_is_labelled_nothing_is_shared() -> None:
+    one, other = Encoded([7, 7, 1], [7, 7, 1], 2), Encoded([7, 7, 2], [7, 7, 2], 2)
+    (micro,) = Collator(0).cut([one, other])
+    assert micro.pack is not None
+    assert micro.pack.prefix == 0
+    assert micro.targets.tolist() == [7, 1, 7, 2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=25),
+    st.integers(1, 120),
+    st.integers(1, 30),
+    st.booleans(),
+)
+def test_every_label_is_predicted_once_from_the_token_before_it(
+    sizes: list[tuple[int, int]], tokens: int, most: int, packed: bool
+) -> None:
+    data = []
+    for index, (prompt, answer) in enumerate(sizes):
+        ids = [1, 1, *(100 * index + n for n in range(2, prompt + answer + 2))]
+        data.append(Encoded(ids, [-100] * (prompt + 2) + ids[prompt + 2 :], prompt + 2))
+    cut = Collator(0, packed, tokens, most)(data)
+    pairs = []
+    for micro in cut["micro_batches"]:
+        row = micro.inputs["input_ids"].flatten()
+        pairs += zip(row[micro.at].tolist(), micro.targets.tolist(), strict=True)
+        one = len(micro.pack.lengths) if micro.pack else len(micro.inputs["input_ids"])
+        assert one <= most
+        assert (micro.pack.end if micro.pack else row.numel()) <= tokens or one == 1
+    expected = [(e.input_ids[i - 1], e.labels[i]) for e in data for i in range(1, len(e.labels)) if e.labels[i] != -100]
+    assert Counter(pairs) == Counter(expected)
+    assert len(cut["labels"]) == len(expected)
+    assert sum(micro.tokens for micro in cut["micro_batches"]) == sum(len(e.input_ids) for e in data)
+
+
+def test_packs_are_of_about_equal_size() -> None:
+    packs = split([100] * 13, prefix=20, budget=420)
+    assert sorted(len(pack) for pack in packs) == [4, 4, 5]
+
+
+def test_the_sampler_gives_each_example_once_and_another_order_in_each_epoch() -> None:
+    sampler = Shuffle(50, seed=0)
+    first = list(sampler)
+    assert Counter(first) == Counter(range(50))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(Shuffle(50, seed=1)) != first
