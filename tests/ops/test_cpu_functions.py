@@ -102,7 +102,7 @@ def test_attention_of_segments(
 
     def compute() -> tuple[torch.Tensor, ...]:
         visible = Visible(lengths, prefix, longest, window)
-        out, kept = attention._attend(query, key, value, visible)
+        out, kept = attention.attend(query, key, value, visible)
         out = (out.view(3, groups, each, longest, width) * real).to(kind)
         return out, *attention._backward(grad, query, key, value, visible, kept)
 
@@ -139,7 +139,7 @@ def test_attention_of_packs(
         out = function(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
 
-    mine = lambda *rows: attention._Packed.apply(*(r.transpose(0, 1) for r in rows), pack, 0.3, window)  # noqa: E731
+    mine = lambda *rows: attention.PackedAttention.apply(*(r.transpose(0, 1) for r in rows), pack, 0.3, window)  # noqa: E731
     for found, exact in zip(gradients(mine, *parts), gradients(formula, *(p.double() for p in parts)), strict=True):
         assert (found.double() - exact).abs().max() <= 2 * ROOM[kind] * exact.abs().max()
 

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from llm_adapters.errors import RequestError
-from llm_adapters.fast_paths import layers, lora, routing
+from llm_adapters.fast_paths import attention, layers, lora, routing
 from llm_adapters.ops import cross_entropy as head
 from llm_adapters.ops import linear as products
 from llm_adapters.ops import rotary
-from llm_adapters.ops import varlen_attention as attention
 from llm_adapters.ops.cpu import allocator as memory
 from llm_adapters.ops.cpu import build as kernels
 from llm_adapters.ops.cpu import prepacked as weights

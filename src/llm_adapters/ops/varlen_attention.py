@@ -8,7 +8,6 @@ in the backward pass: what a layer keeps grows with the length, and not with its
 but there is one for all layers).
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,133 +15,14 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from llm_adapters.ops import kv_cache as pages
 from llm_adapters.ops.cpu import build as kernels
 from llm_adapters.ops.cpu.allocator import empty
 from llm_adapters.ops.packing import Band, Pack, Visible
 
-NAME = "llm_adapters_packed"
 BLOCK = 512  # rows; a longer segment is cut into so many
 
-# What a family may hand to its attention that changes nothing here, or is told by the pack.
-_HARMLESS = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
 
-
-class Unsupported(Exception):
-    """The family's attention wants something that packs do not have."""
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    *,
-    pack: Pack,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of every segment of `pack` over the shared prefix and itself.
-
-    Args:
-        module: the attention module that calls.
-        query: (1, heads, tokens, width); `key` and `value` (1, key-value heads, tokens, width).
-        attention_mask: not read, as the pack says who sees whom.
-        scaling: the factor on the scores; None for 1 / sqrt(width).
-        dropout: probability of dropping an entry of the attention's probabilities.
-        sliding_window: a token sees no more than so many tokens.
-        pack: the pack that the tokens are of.
-        others: what families hand to their attention besides.
-
-    Returns:
-        (1, tokens, heads, width), and None for the probabilities.
-
-    Raises:
-        Unsupported: something is asked for that packs do not have.
-    """
-    _refuse(others)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout:
-        return _with_dropout(query[0], key[0], value[0], pack, scale, sliding_window, dropout)[None], None
-    return _Packed.apply(query[0], key[0], value[0], pack, scale, sliding_window)[None], None
-
-
-def slot_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    *,
-    step: pages.Step,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of a generation's `step`: tokens over their slots, new prompts over the shared prefix and themselves.
-
-    Arguments, results and errors as of `packed_attention`. Keys and values are stored in the step's cache.
-    """
-    _refuse(others)
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise Unsupported("its attention does not know which layer it is")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = query[0], key[0], value[0]
-    heads, tokens, _ = query.shape
-    out = query.new_empty(tokens, heads, value.shape[-1])
-    before = step.cache.prefix_of(layer, step.adapter)
-    pages.store(layer, key, value, step)
-    count = 0
-    for decoded in step.decoded:
-        rows = slice(count, count + decoded.at.numel())
-        out[rows] = pages.decode(layer, query[:, rows], step.cache, decoded, scale, sliding_window)
-        count = rows.stop
-    if step.pack is not None:
-        q, k, v = (part[:, count:] for part in (query, key, value))
-        if before is not None:
-            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
-        _prompts(q, k, v, step, step.pack, scale, sliding_window, out[count:])
-    return out[None], None
-
-
-def _refuse(others: dict[str, Any]) -> None:
-    strange = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
-    if [name for name in strange if others[name] is not False]:
-        raise Unsupported(f"its attention has {', '.join(strange)}")
-
-
-def _prompts(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: pages.Step,
-    pack: Pack,
-    scale: float,
-    window: int | None,
-    out: torch.Tensor,
-) -> None:
-    """The prompts of a step; `key` and `value` begin with the shared prefix; `out` is (tokens, heads, width)."""
-    heads, groups = len(query), len(key)
-    flat = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1])
-    for number, band in enumerate(pack.bands):
-        places = step.once(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
-        queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
-        found, _ = _attend(queries, _with_prefix(key, band), _with_prefix(value, band), band.visible(window))
-        _back(found, band, out[band.start - pack.prefix : band.end - pack.prefix])
-    out[pack.end - pack.prefix :] = 0
-
-
-def _own_places(band: Band, heads: int, groups: int) -> torch.Tensor:
-    """Where the queries of `band` are in a row that begins after the shared prefix."""
-    return band.places(heads // groups, groups, before=False) - band.prefix * heads
-
-
-class _Packed(torch.autograd.Function):
+class PackedAttention(torch.autograd.Function):
     """(heads, tokens, width), twice (key-value heads, tokens, width) -> (tokens, heads, width)."""
 
     @staticmethod
@@ -164,15 +44,15 @@ class _Packed(torch.autograd.Function):
         kept = []
         for band in pack.bands:
             queries = _segments(query, band, len(key)).mul_(scale)
-            keys, values = _with_prefix(key, band), _with_prefix(value, band)
-            found, probabilities = _attend(queries, keys, values, band.visible(window))
+            keys, values = with_prefix(key, band), with_prefix(value, band)
+            found, probabilities = attend(queries, keys, values, band.visible(window))
             kept.append(probabilities)
-            _back(found, band, out[band.start : band.end])
+            scatter(found, band, out[band.start : band.end])
         out[pack.end :] = 0
         if pack.prefix:
             own = slice(0, pack.prefix)
             queries = _grouped(query[:, own], len(key)) * scale
-            found, probabilities = _attend(queries, key[:, own], value[:, own], pack.visible(window))
+            found, probabilities = attend(queries, key[:, own], value[:, own], pack.visible(window))
             kept.append(probabilities)
             out[own] = found.view(heads, pack.prefix, -1).transpose(0, 1)
         if any(ctx.needs_input_grad):
@@ -213,14 +93,14 @@ class _Packed(torch.autograd.Function):
             dq, dk, dv = _backward(
                 d_segments,
                 _segments(query, band, groups).mul_(scale),
-                _with_prefix(key, band),
-                _with_prefix(value, band),
+                with_prefix(key, band),
+                with_prefix(value, band),
                 band.visible(ctx.window),
                 probabilities,
             )
-            _back(dq.mul_(scale), band, d_query[band.start : band.end])
+            scatter(dq.mul_(scale), band, d_query[band.start : band.end])
             for whole, part in ((d_key, dk), (d_value, dv)):
-                _back(part, band, whole[band.start : band.end], before=True)
+                scatter(part, band, whole[band.start : band.end], before=True)
                 shared = part.view(len(band.lengths), groups, -1, part.shape[-1])[:, :, :prefix]
                 whole[:prefix] += shared.sum(0).transpose(0, 1)
         return d_query.transpose(0, 1), d_key.transpose(0, 1), d_value.transpose(0, 1), None, None, None
@@ -235,7 +115,7 @@ def _kernel(query: torch.Tensor, value: torch.Tensor) -> kernels.Kernels | None:
 def _by_kernel(
     ctx: Any, kernel: kernels.Kernels, rows: list[torch.Tensor], pack: Pack, scale: float, window: int | None
 ) -> torch.Tensor:
-    """`_Packed.forward`; nothing of the probabilities is kept but the logarithm of each row's sum.
+    """`PackedAttention.forward`; nothing of the probabilities is kept but the logarithm of each row's sum.
 
     `rows` are queries, keys and values, (tokens, heads, width).
     """
@@ -280,7 +160,7 @@ def _gradients_by_kernel(ctx: Any, grad: torch.Tensor) -> Iterator[torch.Tensor]
     return (part.transpose(0, 1) for part in own)
 
 
-def _with_dropout(
+def attention_with_dropout(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -289,7 +169,7 @@ def _with_dropout(
     window: int | None,
     p: float,
 ) -> torch.Tensor:
-    """As `_Packed`, with dropout and with autograd's own backward pass, for the older families that drop here."""
+    """As `PackedAttention`, with dropout and with autograd's own backward pass, for the older families that drop here."""
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         scores = torch.bmm(query, key.transpose(1, 2)) * scale
@@ -304,7 +184,7 @@ def _with_dropout(
         parts.append(first.view(len(query), pack.prefix, -1).transpose(0, 1))
     for band in pack.bands:
         queries, bias = _segments(query, band, len(key)), band.visible(window).bias(query.dtype)
-        found = attend(queries, _with_prefix(key, band), _with_prefix(value, band), bias)
+        found = attend(queries, with_prefix(key, band), with_prefix(value, band), bias)
         parts.append(_rows(found, band, len(query)).view(-1, len(query), found.shape[-1]))
     return torch.cat((*parts, parts[0].new_zeros(pack.tokens - pack.end, *parts[0].shape[1:])))
 
@@ -332,7 +212,7 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, visible: Visible, row
     return torch.softmax(scores, -1)
 
 
-def _attend(
+def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Visible
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``softmax(query key^T) value`` of what is visible, and the probabilities if they are few."""
@@ -356,7 +236,7 @@ def _backward(
     visible: Visible,
     probabilities: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `_attend`, whose results are its `probabilities`."""
+    """The gradients of `attend`, whose results are its `probabilities`."""
     if probabilities is not None:
         return _gradients(grad, query, key, value, probabilities)
     longest = visible.longest
@@ -415,7 +295,7 @@ def _segments(rows: torch.Tensor, band: Band, groups: int) -> torch.Tensor:
     return taken.view(len(band.lengths) * groups, -1, width)
 
 
-def _with_prefix(rows: torch.Tensor, band: Band) -> torch.Tensor:
+def with_prefix(rows: torch.Tensor, band: Band) -> torch.Tensor:
     """(heads, tokens, width) -> (segments * heads, prefix + longest, width)."""
     heads, _, width = rows.shape
     flat = rows.transpose(0, 1).reshape(-1, width)
@@ -427,34 +307,7 @@ def _rows(values: torch.Tensor, band: Band, heads: int, before: bool = False) ->
     return values.reshape(-1, values.shape[-1]).index_select(0, band.back(heads, before))
 
 
-def _back(values: torch.Tensor, band: Band, out: torch.Tensor, before: bool = False) -> None:
+def scatter(values: torch.Tensor, band: Band, out: torch.Tensor, before: bool = False) -> None:
     """`_rows`, written to `out`, (segment tokens, heads, width)."""
     flat = values.reshape(-1, values.shape[-1])
     torch.index_select(flat, 0, band.back(out.shape[1], before), out=out.view(-1, out.shape[-1]))
-
-
-def _attention(
-    module: nn.Module, *tensors: Any, pack: Pack | None = None, step: pages.Step | None = None, **kwargs: Any
-) -> Any:
-    """Packs and generation's steps here; whatever is neither goes to transformers' SDPA."""
-    if step is not None:
-        return slot_attention(module, *tensors, step=step, **kwargs)
-    if pack is not None:
-        return packed_attention(module, *tensors, pack=pack, **kwargs)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(module, *tensors, **kwargs)
-
-
-def register() -> None:
-    """Make the implementation known to transformers under `NAME`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def no_mask(device: torch.device) -> torch.Tensor:
-    """A mask in the shape that transformers hands on as it is, without building one from the positions."""
-    return torch.zeros(1, 1, 1, 1, device=device)
