@@ -1,11 +1,13 @@
 """Attention over packs and over generation's steps, as an attention implementation of transformers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from llm_adapters.fast_paths.patches import Patches
 from llm_adapters.ops import kv_cache as pages
 from llm_adapters.ops import varlen_attention
 from llm_adapters.ops.packing import Band, Pack
@@ -14,6 +16,9 @@ NAME = "llm_adapters_packed"
 
 # What a family may hand to its attention that changes nothing here, or is told by the pack.
 _HARMLESS = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
+
+
+_KNOWN = {"scaling", "dropout", "sliding_window"}  # the named arguments of `packed_attention`
 
 
 class Unsupported(Exception):
@@ -138,25 +143,39 @@ def _own_places(band: Band, heads: int, groups: int) -> torch.Tensor:
 
 
 def _attention(
-    module: nn.Module, *tensors: Any, pack: Pack | None = None, step: pages.Step | None = None, **kwargs: Any
+    module: nn.Module,
+    *tensors: Any,
+    pack: Pack | None = None,
+    step: pages.Step | None = None,
+    recorder: Callable[..., None] | None = None,
+    **kwargs: Any,
 ) -> Any:
-    """Packs and generation's steps here; whatever is neither goes to transformers' SDPA."""
+    """Compute packs and generation's steps here; whatever is neither goes to transformers' SDPA.
+
+    A `recorder` is called with the queries, keys and values and the result.
+    """
     if step is not None:
         return slot_attention(module, *tensors, step=step, **kwargs)
     if pack is not None:
-        return packed_attention(module, *tensors, pack=pack, **kwargs)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        out = packed_attention(module, *tensors, pack=pack, **kwargs)
+    else:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, *tensors, **kwargs)
+        if recorder is not None:
+            _refuse({name: value for name, value in kwargs.items() if name not in _KNOWN})
+        out = sdpa_attention_forward(module, *tensors, **kwargs)
+    if recorder is not None:
+        recorder(*tensors[:3], out[0])
+    return out
 
 
-def register() -> None:
-    """Make the implementation known to transformers under `NAME`."""
+def register(patches: Patches) -> None:
+    """Make the implementation known to transformers under `NAME`, until the last session's patches are undone."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    patches.share_item(AttentionInterface._global_mapping, NAME, _attention)
+    patches.share_item(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from llm_adapters.fast_paths.lora import input_gradient, lora_forward, lora_output, lora_parts, weight_gradients
+from llm_adapters.fast_paths.lora_old import input_gradient, lora_forward, lora_output, lora_parts, weight_gradients
 from llm_adapters.fast_paths.routing import Route
 from llm_adapters.ops import dropout
 from llm_adapters.ops.cpu import build as kernels

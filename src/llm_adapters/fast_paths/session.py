@@ -1,8 +1,11 @@
-"""`accelerate`: turn on what makes a model faster and changes nothing, tell what is on, and turn it off again."""
+"""`FastPaths`: turn on what makes a model faster and changes nothing, tell what is on, and turn it off again."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -10,42 +13,54 @@ import torch
 from torch import nn
 
 from llm_adapters.errors import RequestError
-from llm_adapters.fast_paths import attention, layers, lora, routing
-from llm_adapters.ops import cross_entropy as head
-from llm_adapters.ops import linear as products
-from llm_adapters.ops import rotary
-from llm_adapters.ops.cpu import allocator as memory
-from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.cpu import prepacked as weights
-from llm_adapters.ops.kv_cache import Step
+from llm_adapters.fast_paths import attention, lora, routing, trial
+from llm_adapters.fast_paths.forward import causal_forward, hidden_states
+from llm_adapters.fast_paths.patches import Patches
+from llm_adapters.fast_paths.rules import FAST_PATHS, INFERENCE, TRAINING, Context, FastPath
+from llm_adapters.ops import backends
+from llm_adapters.ops.cpu import allocator, prepacked
 from llm_adapters.ops.packing import Pack
 
 ON = "on"
+PACKING, SHARED_PREFIX, FUSED_CROSS_ENTROPY = "packing", "shared prefix", "fused linear cross-entropy"
 _ROUTED = {"LORA", "BOTTLENECK"}  # PEFT's names of the methods that can be another for each row
-# How far apart two ways to the same hidden state may be, relative to its size: rounding is, a leak between segments,
-# a wrong position or a wrong norm is not.
-_ROOM = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A short sequence through the model's own forward, as it is and in a higher precision."""
+
+    own: trial.Trace
+    reference: trial.Trace
 
 
 class FastPaths:
     """A model's faster forwards, as a context: inside, they are on; afterwards the model is as it was.
 
-    Every fast path is tried against the model's own forward before it is used, and one that differs stays off.
+    Every fast path is tried before it is used (`trial`); one that is further from float32 than the model's own way may
+    be, or that fails, stays off alone.
 
     Args:
         model: a transformers decoder, or a `PeftModel` around one.
         on: False leaves every fast path off (the label loss of the model's forward remains).
-        inference: the weights stay as they are while it is on, and the model is in eval mode: for generation.
+        inference: the weights do not change while it is on, and the model is in eval mode.
         merge: with `inference`, compute LoRA with merged copies of the weights, where that changes only rounding.
-        adapters: with `inference`, compute these adapters of a `PeftModel` in one forward, each row with that which the
-            step says (`pages.Step`), or `routing.NO_ADAPTER`; nothing is merged then.
+        adapters: with `inference`, compute these adapters of a `PeftModel` in one forward, each row with the one that
+            the batch names, or `routing.NO_ADAPTER`; nothing is merged then.
+        frozen: the old name of `inference`.
 
     Attributes:
+        packs: whether packs are taken (`hidden_states`, the loss).
+        fused_cross_entropy: whether the output head and the loss are one operator.
         report: for each fast path ``"on"``, or why it is off; for the manifest.
 
     Raises:
-        RequestError: `adapters` without `inference`; or the model is sharded (FSDP2; once on, `fully_shard` may be
-            used).
+        RequestError: `adapters` without `inference`; or the model is sharded (FSDP2; once it is on, `fully_shard` may
+            be used).
+
+    Note:
+        On Linux the C library is told once, for the whole process, to keep freed memory (`allocator.keep_memory`); that
+        is not undone.
     """
 
     def __init__(
@@ -55,30 +70,39 @@ class FastPaths:
         inference: bool = False,
         merge: bool = False,
         adapters: Sequence[str] | None = None,
+        *,
+        frozen: bool | None = None,
     ) -> None:
+        if frozen is not None:
+            warnings.warn("FastPaths(frozen=) is called inference= now", DeprecationWarning, stacklevel=2)
+            inference = inference or frozen
         if adapters and not inference:
             raise RequestError("several adapters in one forward are for generation: give inference=True with them.")
-        self.model, self.on, self.inference, self.merge = model, on, inference, inference and merge and not adapters
+        self.model, self.on, self.inference = model, on, inference
+        self.merge = inference and merge and not adapters
         self.route = routing.Route(adapters) if adapters else None
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.packs = self.fused_cross_entropy = False
+        self.probe: list[list[Probe]] = []
         self.report: dict[str, str] = {}
-        self._undo: list[Callable[[], None]] = []
-        self._merged = self._packed = False
+        self._patches = Patches()
 
     # --- on and off
 
     def __enter__(self) -> "FastPaths":
         if any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters()):
-            raise RequestError("the model is sharded already: turn fast_paths on before `fully_shard`.")
-        was_training = self.model.training
+            raise RequestError("the model is sharded already: turn the fast paths on before `fully_shard`.")
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            self._probe_and_install()
+            self._patches.set(self.base, "forward", functools.partial(causal_forward, self, self.base.forward))
+            self._install()
         except BaseException:
             self.close()
             raise
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -86,292 +110,233 @@ class FastPaths:
 
     def close(self) -> None:
         """Give the model its own forwards back."""
-        while self._undo:
-            self._undo.pop()()
-        memory.trim()
+        self._patches.undo()
+        allocator.release_unused()
 
-    @property
-    def packs(self) -> bool:
-        """Whether `hidden` and `loss` take packs."""
-        return self.report.get("packing") == ON
-
-    def _probe_and_install(self) -> None:
-        self._set(self.base, "forward", functools.partial(_causal_forward, self, self.base.forward))
+    def _install(self) -> None:
         if not self.on:
-            self.report = dict.fromkeys(("packing", "shared prefix", "fused head"), "not asked for")
+            self.report = dict.fromkeys((PACKING, SHARED_PREFIX, FUSED_CROSS_ENTROPY), "not asked for")
             return
         if self.base.device.type == "cpu":
-            self.report["kept memory"] = ON if memory.keep_memory() else "the C library has no mallopt"
-            self.report["kernels"] = kernels.why_not(self.base.dtype) or ON
+            self.report["memory arena"] = ON if allocator.keep_memory() else "the C library has no mallopt"
+            self.report["C functions"] = backends.unsupported_reason(next(self.base.parameters())) or ON
+        context = Context(self.base, self.inference, self.merge, self.route)
         if self.inference:
-            reason = weights.why_not_packed(self.base)
-            self._packed, self.report["weights in blocks"] = reason is None, reason or ON
-        sequences = probe_sequences(self.base)
-        refused = _why_not(self.model, self.base, self.inference)
-        if self.route is not None and (refused := refused or _why_not_routed(self.model, self.route.names)):
-            self.report["packing"] = refused
+            context.unpackable = prepacked.unsupported_reason(self.base)
+        reason = _unpacked_reason(self.model, self.base, self.inference)
+        if self.route is not None and (reason := reason or _unrouted_reason(self.model, self.route.names)):
+            self.report[PACKING] = reason
             return
-        with torch.no_grad():
-            # Of several adapters each layer's forward needs to be told the rows: there the packs are the trial.
-            plain = None if self.route is not None else self._plain(sequences[0])
-            expected = [] if refused else self._expected(sequences)
-            if self.merge and expected:
-                self._merge(sequences, expected[0])
-            self._install_layers(sequences[0], plain)
-            if expected:
-                refused = self._install_packing(sequences, expected)
-            self.report["packing"] = self.report["shared prefix"] = refused or ON
-            self.report["fused head"] = self._why_no_head(sequences[0]) or ON
-
-    def _expected(self, sequences: list[list[int]]) -> list[list[torch.Tensor]]:
-        """The model's own last hidden states of the `sequences`, for each of the adapters; else for the active ones."""
-        if self.route is None:
-            return [[self._plain(sequence) for sequence in sequences]]
-        found = []
-        for name in self.route.names:
-            with routing.using(self.model, name):
-                found.append([self._plain(sequence) for sequence in sequences])
-        return found
-
-    def _set(self, module: Any, name: str, value: Any) -> None:
-        """Set an attribute of the instance until `close`, which leaves none behind where there was none."""
-        there, before = name in vars(module), vars(module).get(name)
-        setattr(module, name, value)
-        if not there:
-            self._undo.append(functools.partial(delattr, module, name))
-        else:
-            self._undo.append(functools.partial(setattr, module, name, before))
-
-    def _freeze(self, module: nn.Module, merged: bool) -> bool:
-        """Give a LoRA layer a forward with weights that stay as they are; whether that was possible."""
-        if merged:
-            forward = lora.merged_lora(module, self._packed)
-        else:
-            forward = lora.frozen_lora(module, self.route, self._packed)
-        if forward is not None:
-            self._set(module, "forward", forward)
-        return forward is not None
-
-    def _merge(self, sequences: list[list[int]], expected: list[torch.Tensor]) -> None:
-        """Merge copies of the LoRA weights, and undo it where the results would not be the same."""
-        adapted = [module for module in self.base.modules() if lora.lora_weight(module) is not None]
-        mark = len(self._undo)
-        count = sum(self._freeze(module, merged=True) for module in adapted)
-        if not count:
-            return
-        pairs = zip(sequences, expected, strict=True)
-        if refused := next(filter(None, (differs(self._plain(ids), whole) for ids, whole in pairs)), None):
-            while len(self._undo) > mark:
-                self._undo.pop()()
-        self._merged = refused is None
-        self.report["LoRA merged"] = refused or f"{ON}, {count} modules"
-
-    def _install_layers(self, sequence: list[int], expected: torch.Tensor | None) -> None:
-        """Faster forwards of single modules, unless the `sequence` has other hidden states than `expected` then."""
-        mark = len(self._undo)
-        kinds = self._set_layers()
-        refused = None if expected is None else differs(self._plain(sequence), expected)
-        if refused:
-            while len(self._undo) > mark:
-                self._undo.pop()()
-        self.report |= dict.fromkeys(kinds, refused) if refused else kinds
-
-    def _set_layers(self) -> dict[str, str]:
-        """Give modules faster forwards; what there is of each kind."""
-        from llm_adapters.bottleneck.layer import BottleneckLayer
-
-        kinds = "fused LoRA", "bottleneck in the base's precision", "RMS norm", "gated MLP", "frozen linear layers"
-        counts = dict.fromkeys(kinds, 0)
-        output = self.base.get_output_embeddings()
-        # A LoRA layer's forward has its own copy.
-        inside = {id(part) for m in self.base.modules() if lora.lora_weight(m) is not None for part in m.modules()}
-        gated: list[nn.Module] = []
-        for module in self.base.modules():
-            if lora.lora_weight(module) is not None:
-                if not self.inference:
-                    self._set(module, "forward", functools.partial(lora.lora_forward, module, module.forward))
-                elif self._merged or not self._freeze(module, merged=False):
-                    continue
-                counts["fused LoRA"] += 1
-            elif self._packed and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-                if id(module) not in inside:
-                    self._set(module, "forward", weights.Packed(module.weight, module.bias))
-            elif not self.inference and module is not output and id(module) not in inside and products.takes(module):
-                counts["frozen linear layers"] += 1
-                self._set(module, "forward", functools.partial(products.linear_forward, module, module.forward))
-            elif isinstance(module, BottleneckLayer):
-                delta = functools.partial(layers.frozen_delta, module, {}, self._packed) if self.inference else None
-                self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))
-                counts["bottleneck in the base's precision"] += 1
-                if self.route is not None:
-                    self._set(module, "routing", self.route.names)
-                    self._set(module, "add", functools.partial(layers.routed_add, module, self.route))
-            elif (parts := layers.rms_parts(module)) is not None:
-                self._set(module, "forward", functools.partial(layers.rms_forward, module.forward, *parts))
-                counts["RMS norm"] += 1
-            elif layers.is_silu_mlp(module):
-                gated.append(module)
-                self._set(module, "forward", functools.partial(layers.silu_mlp_forward, module))
-                counts["gated MLP"] += 1
-        for module in gated if self._packed else ():  # now that their linear layers are
-            if (forward := layers.frozen_silu_mlp(module)) is not None:
-                self._set(module, "forward", forward)
-        if file := rotary.modelling_file(self.base):
-            self._set(file, rotary.FUNCTION, rotary.rotate_halves)
-        report = {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
-        if not counts["frozen linear layers"]:
-            report["frozen linear layers"] = self._why_no_products() or "no such module"
-        return report | {"rotary positions": ON if file else "none, or of another kind"}
-
-    def _why_no_products(self) -> str | None:
-        if self.inference:
-            return "for training"
-        kernel = kernels.of(next(self.base.parameters()))
-        if kernel is None:
-            return "there are no kernels"
-        return None if kernel.strip else "the processor or the precision has none"
-
-    def _install_packing(self, sequences: list[list[int]], expected: list[list[torch.Tensor]]) -> str | None:
-        """Why packing stays off; None where it is on. `expected` as `_expected` gives it."""
-        attention.register()
-        before = self.base.config._attn_implementation
-        self.base.set_attn_implementation(attention.NAME)
-        refused = None
         try:
-            pack = Pack.of(sequences, prefix=3, device=self.base.device)
-            for adapter, wholes in enumerate(expected):
-                self.all_by(adapter, pack.tokens)
-                found = self.hidden(pack)[0]
-                parts = found[3 : pack.end].split(list(pack.lengths))
-                for part, whole in zip(parts, wholes, strict=True):
-                    refused = refused or differs(torch.cat((found[:3], part)), whole)
+            with torch.no_grad(), trial.shortened(self.base), contextlib.ExitStack() as stack:
+                if not self.inference:
+                    stack.enter_context(trial.away_from_identity(self.base))
+                self._try_all(context, reason)
+        except RequestError as error:  # the decoder's layers cannot be told
+            self._patches.undo(down_to=1)
+            self.packs = self.fused_cross_entropy = False
+            self.report |= dict.fromkeys((PACKING, SHARED_PREFIX, FUSED_CROSS_ENTROPY), str(error))
+
+    # --- the trial
+
+    def _try_all(self, context: Context, unpacked: str | None) -> None:
+        """Try every fast path, and install what is right; `unpacked` says why packs are not even tried."""
+        mode = INFERENCE if self.inference else TRAINING
+        rows = [row for row in FAST_PATHS if mode in row.modes]
+        matched: dict[str, list[tuple[nn.Module, Any]]] = {row.name: [] for row in rows}
+        for module in self.base.modules():
+            for row in rows:
+                if (found := row.match(module, context)) is not None:
+                    matched[row.name].append((module, found))
+        layer_of = {id(m): layer for layer in trial.chosen_layers(self.base)[0] for m in layer.modules()}
+        units = {
+            row.name: [layer_of.get(id(m), m) if row.whole_layer else m for m, _ in matched[row.name]] for row in rows
+        }
+        modules = {id(m): m for unit in units.values() for m in unit if m is not self.base}
+        sequences = trial.probe_sequences(self.base)
+        # 1. What the model itself computes, in its own precision and in a higher one.
+        calls = []
+        for _ in self._adapters():
+            calls.append(trial.record_calls(self.base, list(modules.values()), lambda: self._logits(sequences[0])))
+            self.probe.append([self._probed(sequence) for sequence in sequences])
+        if unpacked is None:
+            unpacked = self._record_attention(sequences)
+        # 2. The rows, one by one.
+        for row in rows:
+            compare = functools.partial(self._mismatch, units[row.name], calls, sequences)
+            self.report[row.name] = self._try_row(row, matched[row.name], context, compare)
+        # 3. Packs, and the head with the loss.
+        unpacked = unpacked or self._try_packing(sequences)
+        self.packs = unpacked is None
+        self.report[PACKING] = self.report[SHARED_PREFIX] = unpacked or ON
+        unfused = self._unfused_reason(sequences[0])
+        self.fused_cross_entropy = unfused is None
+        self.report[FUSED_CROSS_ENTROPY] = unfused or ON
+
+    def _adapters(self) -> Iterator[int]:
+        """Activate each adapter of the route in turn; without one, leave what is active."""
+        for number, name in enumerate(self.route.names if self.route is not None else [None]):
+            with routing.using(self.model, name) if name is not None else contextlib.nullcontext():
+                yield number
+
+    def _ids(self, sequence: list[int]) -> torch.Tensor:
+        return torch.tensor([sequence], device=self.base.device)
+
+    def _logits(self, sequence: list[int]) -> torch.Tensor:
+        return self.base(input_ids=self._ids(sequence), use_cache=False).logits
+
+    def _decoded(self, sequence: list[int], **kwargs: Any) -> torch.Tensor:
+        return self.base.base_model(input_ids=self._ids(sequence), use_cache=False, **kwargs).last_hidden_state
+
+    def _traced(self, sequence: list[int]) -> trial.Trace:
+        traced = trial.trace(self.base, lambda: self._decoded(sequence))
+        traced.points["logits"] = self._logits(sequence)[0]
+        return traced
+
+    def _probed(self, sequence: list[int]) -> Probe:
+        own = self._traced(sequence)
+        with trial.in_float32(self.base):
+            return Probe(own, self._traced(sequence))
+
+    def _record_attention(self, sequences: list[list[int]]) -> str | None:
+        """Add queries, keys and values to the probes, where a wrong position is plain to see; why there are none."""
+        try:
+            with self._attention_replaced():
+                for number in self._adapters():
+                    for sequence, probe in zip(sequences, self.probe[number], strict=True):
+                        self._decoded(sequence, recorder=probe.own.record_attention)
+                        with trial.in_float32(self.base):
+                            self._decoded(sequence, recorder=probe.reference.record_attention)
+        except attention.Unsupported as error:
+            return str(error)
+        except Exception as error:  # families differ in more ways than can be listed
+            return f"its forward does not take packs ({type(error).__name__})"
+        recorded = any(name.startswith("query") for name in self.probe[0][0].own.points)
+        return None if recorded else "its layers do not hand on what the attention needs to know"
+
+    @contextlib.contextmanager
+    def _attention_replaced(self) -> Iterator[None]:
+        """Have the model's attention computed by `attention`, inside."""
+        patches = Patches()
+        try:
+            self._replace_attention(patches)
+            yield
+        finally:
+            patches.undo()
+
+    def _replace_attention(self, patches: Patches) -> None:
+        attention.register(patches)
+        before = self.base.config._attn_implementation
+        patches.defer(lambda: self.base.set_attn_implementation(before))
+        self.base.set_attn_implementation(attention.NAME)
+
+    def _try_row(
+        self,
+        row: FastPath,
+        matched: list[tuple[nn.Module, Any]],
+        context: Context,
+        compare: Callable[[], str | None],
+    ) -> str:
+        """Install a row unless it is wrong; returns what the report says of it."""
+        if reason := row.unsupported_reason(context):
+            return reason
+        mark, installed = len(self._patches), []
+        try:
+            installed = [m for m, found in matched if row.install(m, found, context, self._patches)]
+            refused = compare() if installed else None
+        except Exception as error:
+            refused = f"it failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if refused:
+            self._patches.undo(down_to=mark)
+            return refused
+        if not installed:
+            return "no such module"
+        context.on.add(row.name)
+        return ON if installed == [self.base] else f"{ON}, {len(installed)} modules"
+
+    def _mismatch(
+        self, modules: list[nn.Module], calls: list[dict[int, trial.Call]], sequences: list[list[int]]
+    ) -> str | None:
+        """Compare these modules with what was recorded of them (the model itself: with its probes)."""
+        reached = not modules
+        for number in range(self.adapter_count):
+            self.use_adapter(number, len(sequences[0]))
+            for module in modules:
+                if module is self.base:
+                    probe, reached = self.probe[number][0], True
+                    found = trial.trace(self.base, lambda: self._decoded(sequences[0]))
+                    refused = found.mismatch(probe.own, probe.reference, trial.has_experts(self.base))
+                elif id(module) in calls[number]:
+                    reached, refused = True, calls[number][id(module)].mismatch(module)
+                else:
+                    continue  # in a layer that is skipped, and like one that is not
+                if refused:
+                    return refused
+        return None if reached else "the trial does not reach such a module"
+
+    def _try_packing(self, sequences: list[list[int]]) -> str | None:
+        """Turn packs with a shared prefix on; why they stay off, else None."""
+        mark = len(self._patches)
+        try:
+            self._replace_attention(self._patches)
+            pack = Pack.of(sequences, prefix=trial.PREFIX, device=self.base.device)
+            refused = self._mismatch_of_pack(pack)
         except attention.Unsupported as error:
             refused = str(error)
         except Exception as error:  # families differ in more ways than can be listed
             refused = f"its forward does not take packs ({type(error).__name__})"
         if refused:
-            self.base.set_attn_implementation(before)
-        else:
-            self._undo.append(lambda: self.base.set_attn_implementation(before))
+            self._patches.undo(down_to=mark)
         return refused
 
-    def _why_no_head(self, sequence: list[int]) -> str | None:
-        """Why the head's product and the loss cannot be one; None where they can."""
+    def _mismatch_of_pack(self, pack: Pack) -> str | None:
+        for number, probes in enumerate(self.probe):
+            self.use_adapter(number, pack.tokens)
+            recorded = trial.Trace()
+            run = functools.partial(hidden_states, self.base, pack, recorder=recorded.record_attention)
+            found = trial.trace(self.base, run)
+            found.points |= recorded.points
+            spans = [slice(start, start + length) for start, length in zip(pack.starts, pack.lengths, strict=True)]
+            parts = [part for span in spans for part in (slice(0, pack.prefix), span)]
+            own, reference = (
+                trial.Trace.joined(traces) for traces in ([p.own for p in probes], [p.reference for p in probes])
+            )
+            if refused := found.rows(*parts).mismatch(own, reference, trial.has_experts(self.base)):
+                return refused
+        return None
+
+    def _unfused_reason(self, sequence: list[int]) -> str | None:
+        """Why the output head and the loss cannot be one; None where they can."""
         output = self.base.get_output_embeddings()
         if type(output) is not nn.Linear or any(p.requires_grad for p in output.parameters()):
             return "the output head is trained, or is no plain linear layer"
         if routing.prompt_learning(self.model):
             return "the method puts tokens before the sequence"
-        self.all_by(0, len(sequence))
-        ids = torch.tensor([sequence], device=self.base.device)
-        hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = self.base(input_ids=ids, use_cache=False).logits
-        return differs(output(hidden), logits) and "the family changes the logits after its output head"
+        probe = self.probe[0][0]
+        logits = nn.functional.linear(probe.own.points["hidden"], output.weight, output.bias)
+        differs = trial.mismatch(logits, probe.own.points["logits"], probe.reference.points["logits"])
+        return "the family changes the logits after its output head" if differs else None
 
-    # --- forwards
+    # --- what others ask
 
     @property
     def adapter_count(self) -> int:
-        """How many adapters a step may name."""
+        """How many adapters a batch may name."""
         return 1 if self.route is None else len(self.route.names)
 
-    def all_by(self, adapter: int, rows: int) -> None:
+    def use_adapter(self, adapter: int, rows: int) -> None:
         """Have the next forward, of so many rows, computed with one of the `adapters`, where there are several."""
         if self.route is not None:
-            self.route.tell(torch.full((rows,), adapter))
+            self.route.set(torch.full((rows,), adapter))
 
-    def _plain(self, sequence: list[int]) -> torch.Tensor:
-        ids = torch.tensor([sequence], device=self.base.device)
-        return self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-
-    def hidden(self, pack: Pack, **kwargs: Any) -> torch.Tensor:
-        """The decoder's last hidden states of a pack, (1, tokens, width)."""
-        return self.base.base_model(
-            input_ids=pack.input_ids,
-            position_ids=pack.position_ids,
-            attention_mask=attention.no_mask(pack.input_ids.device),
-            pack=pack,
-            **({"use_cache": False} | kwargs),
-        ).last_hidden_state
-
-    def logits(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits that follow a generation's `tokens`, (decoded,), and the prompts of its `step`, one row each."""
-        ids, chosen = tokens, torch.arange(len(tokens), device=tokens.device)
-        positions = torch.cat([tokens[:0], *(decoded.at.flatten() for decoded in step.decoded)])
-        if (pack := step.pack) is not None:
-            ids = torch.cat((ids, pack.input_ids[0, pack.prefix :]))
-            positions = torch.cat((positions, pack.position_ids[0, pack.prefix :]))
-            ends = torch.tensor(pack.lengths, device=tokens.device).cumsum(0) - 1
-            chosen = torch.cat((chosen, len(tokens) + ends))
-        if self.route is not None:
-            self.route.tell(step.adapters())
-        kwargs: dict[str, Any] = {"attention_mask": attention.no_mask(ids.device), "step": step, "use_cache": False}
-        selects = "logits_to_keep" in inspect.signature(type(self.base).forward).parameters
-        if selects:
-            kwargs["logits_to_keep"] = chosen
-        logits = self.base(input_ids=ids[None], position_ids=positions[None], **kwargs).logits[0]
-        return logits if selects else logits[chosen]
+    def hidden_states(self, pack: Pack) -> torch.Tensor:
+        """Compute the decoder's last hidden states of a pack, (1, tokens, hidden size)."""
+        return hidden_states(self.base, pack)
 
 
-def _causal_forward(
-    fast_paths: FastPaths,
-    own: Any,
-    *args: Any,
-    at: torch.Tensor | None = None,
-    targets: torch.Tensor | None = None,
-    pack: Pack | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The causal model's forward; with `at` and `targets`, the sum of the losses there.
-
-    It is a forward, and no function beside the model, so that wrappers (PEFT's, DDP's) see the call. `at` counts the
-    places of the row of a `pack`, or of the flattened padded `input_ids`.
-    """
-    if at is None or targets is None:
-        return own(*args, **kwargs)
-    base = fast_paths.base
-    if fast_paths.report["fused head"] == ON:
-        if pack is not None:
-            hidden = fast_paths.hidden(pack)
-        else:
-            inputs = {key: kwargs[key] for key in ("input_ids", "attention_mask")}
-            hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
-        output = base.get_output_embeddings()
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)
-        return {"loss": head.head_loss(chosen, output.weight, output.bias, targets)}
-    width = kwargs.pop("width")
-    first = 0
-    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        first = int((at % width).min()) if len(at) else width - 1
-        kwargs["logits_to_keep"] = width - first
-    if pack is not None:
-        kwargs |= {
-            "position_ids": pack.position_ids,
-            "attention_mask": attention.no_mask(pack.input_ids.device),
-            "pack": pack,
-        }
-    logits = own(*args, **kwargs | {"use_cache": False}).logits[:, first - width :]
-    chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, at // width * (width - first) + at % width - first)
-    loss = nn.functional.cross_entropy(chosen.float(), targets, reduction="sum")
-    return {"loss": loss if len(at) else logits.sum() * 0}  # zero, and yet a gradient for every rank to share
-
-
-def learned_prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The keys and values of prefix tuning, a pair (key-value heads, tokens, width) per layer; of other models none."""
-    if not _is_prefix_tuning(model):
-        return []
-    dtype = model.get_base_model().dtype
-    return [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in model.get_prompt(batch_size=1).layers]
-
-
-def _is_prefix_tuning(model: Any) -> bool:
-    config = routing.prompt_learning(model)
-    return config is not None and config.peft_type.value == "PREFIX_TUNING"
-
-
-def _why_not(model: Any, base: Any, inference: bool) -> str | None:
+def _unpacked_reason(model: Any, base: Any, inference: bool) -> str | None:
     """Why packs are not even tried. Generation keeps a learned prefix in its cache."""
-    if routing.prompt_learning(model) and not (inference and _is_prefix_tuning(model)):
+    if routing.prompt_learning(model) and not (inference and routing.is_prefix_tuning(model)):
         return "the method puts tokens before the sequence"
     module = inspect.getmodule(type(base))
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
@@ -379,7 +344,7 @@ def _why_not(model: Any, base: Any, inference: bool) -> str | None:
     return None
 
 
-def _why_not_routed(model: Any, names: Sequence[str]) -> str | None:
+def _unrouted_reason(model: Any, names: Sequence[str]) -> str | None:
     """Why the adapters `names` cannot be computed in one forward, as far as can be said without trying it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -387,8 +352,8 @@ def _why_not_routed(model: Any, names: Sequence[str]) -> str | None:
     from llm_adapters.bottleneck.layer import BottleneckLayer
 
     methods = {str(config.peft_type.value) for config in model.peft_config.values()}
-    if strange := sorted(methods - _ROUTED):
-        return f"{', '.join(strange)} cannot be another for each row"
+    if unroutable := sorted(methods - _ROUTED):
+        return f"{', '.join(unroutable)} cannot be another for each row"
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return "an adapter has its own copy of a module"
@@ -398,19 +363,3 @@ def _why_not_routed(model: Any, names: Sequence[str]) -> str | None:
         elif isinstance(module, BaseTunerLayer) and not lora.is_plain_lora(module, names):
             return "a LoRA is more than two matrices beside a frozen linear layer (DoRA, a bias, merged, quantised)"
     return None
-
-
-def probe_sequences(base: Any) -> list[list[int]]:
-    """Three sequences of different lengths that begin alike, one of them long enough for all kernels (`products`)."""
-    rows = base.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randint(0, rows, (3,), generator=generator).tolist()
-    return [start + torch.randint(0, rows, (n,), generator=generator).tolist() for n in (77, 3, 14)]
-
-
-def differs(found: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """None where `found` is `expected` but for rounding, else by how much it is not."""
-    distance = float((found.float() - expected.float()).norm() / expected.float().norm())
-    if distance <= _ROOM.get(expected.dtype, 1e-4):
-        return None
-    return f"its results would differ by {distance:.2g}"

@@ -91,3 +91,6 @@ def head_loss(
         A scalar, float32.
     """
     return _HeadLoss.apply(hidden, weight, bias, targets)
+
+
+fused_linear_cross_entropy = head_loss

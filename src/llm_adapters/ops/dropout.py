@@ -85,3 +85,9 @@ def blank(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`values` with the entries at the flat `indices` set to zero, in place."""
     values.view(-1).index_fill_(0, indices.long(), 0)
     return values
+
+
+def sparse_dropout(x, p):
+    from llm_adapters.fast_paths.layers import CheapDropout
+
+    return CheapDropout.apply(x, p)

@@ -217,3 +217,12 @@ def linear_forward(layer: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
     if x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type) or _is_trained(layer):
         return own(x)
     return _Linear.apply(x, layer.weight, layer.bias)
+
+
+def is_fast(weight):
+    kernel = kernels.of(weight)
+    return kernel is not None and bool(kernel.strip)
+
+
+def frozen_linear(x, w, b):
+    return _Linear.apply(x, w, b)

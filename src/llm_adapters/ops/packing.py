@@ -300,3 +300,6 @@ def split(lengths: Sequence[int], prefix: int, budget: int, most: int | None = N
         packs.append(pack)
         order, left = order[len(pack) :], left - size
     return packs
+
+
+padded_size = rounded

@@ -86,3 +86,6 @@ def modelling_file(model: nn.Module) -> Any:
             continue
         same += [torch.allclose(theirs, ours, atol=1e-6) for theirs, ours in pairs]
     return module if same and all(same) else None
+
+
+apply_rotary_pos_emb = rotate_halves

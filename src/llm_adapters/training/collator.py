@@ -150,8 +150,9 @@ class MicroBatch:
 
     def arguments(self) -> dict[str, Any]:
         """For the forward of an accelerated model, which returns the sum of the losses (see `FastPaths`)."""
-        width = self.inputs["input_ids"].shape[1]
-        return {**self.inputs, "at": self.at, "targets": self.targets, "pack": self.pack, "width": width}
+        seq_len = self.inputs["input_ids"].shape[1]
+        labels = {"label_positions": self.at, "targets": self.targets}
+        return {**self.inputs, **labels, "pack": self.pack, "seq_len": seq_len}
 
 
 @dataclass(frozen=True)

@@ -141,3 +141,6 @@ def trim() -> None:
     """Give memory that no tensor is in back to the system."""
     if _region and _region[0] is not None:
         _region[0].trim()
+
+
+release_unused = trim

@@ -61,3 +61,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     if size > _SHARE * psutil.virtual_memory().available:
         return "there is too little memory for copies"
     return None
+
+
+PrepackedLinear = Packed
+unsupported_reason = why_not_packed
