@@ -17,7 +17,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def base_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Find the frozen weight (out, in) and bias under PEFT's LoRA `layer`; None where the fused forward does not fit."""
+    """Find the frozen weight (out, in) and bias under PEFT's LoRA `layer`; None where fusing does not fit."""
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -60,7 +60,7 @@ def _active_adapter(layer: Any) -> str | None:
 
 
 def is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
-    """Tell whether `layer` is PEFT's LoRA on a linear layer, and its adapters `names` no more than ``s * x A^T B^T``."""
+    """Tell whether `layer` is PEFT's LoRA on a linear layer, its adapters `names` no more than ``s * x A^T B^T``."""
     if base_weight(layer) is None or layer.merged:
         return False
     return not any(layer.lora_variant.get(name) or layer.lora_bias.get(name) for name in names)
