@@ -45,7 +45,7 @@ def talk(model: str, adapter: Path | None, *, template: str | None, max_new_toke
             prompt = render_prompt(chosen, question, tokenizer=loaded.tokenizer)
             ids = encode_prompt(loaded.tokenizer, prompt, template=chosen)
             print("model: " if asks else "", end="")
-            shown = _Shown(loaded.tokenizer, prompt if chosen == "paper" else "", chosen)
+            shown = _Shown(loaded.tokenizer, chosen)
             for _, answer in generator.generate([ids], shown.token):
                 shown.end(answer.text)
 
@@ -53,8 +53,8 @@ def talk(model: str, adapter: Path | None, *, template: str | None, max_new_toke
 class _Shown:
     """An answer that appears while it is written; the template says what of the text belongs to the answer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: str, template: str) -> None:
-        self._tokenizer, self._before, self._template = tokenizer, before, template
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
+        self._tokenizer, self._template = tokenizer, template
         self._tokens: list[int] = []
         self._printed = ""
 
@@ -75,4 +75,4 @@ class _Shown:
     def _answer(self, text: str) -> str:
         from llm_adapters.tasks.templates import response_of
 
-        return response_of(self._before + text, self._template)
+        return response_of(text, self._template)

@@ -6,54 +6,18 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.tasks import download, wordproblems
-from llm_adapters.tasks.examples import FIELDS, FORMATS, Example, load_file
-
-__all__ = ["CATALOG", "KINDS", "Example", "Task", "get", "load_file", "load_task", "load_training_data"]
+from llm_adapters.tasks.answers import KINDS
+from llm_adapters.tasks.examples import FIELDS, FORMATS, Example, Task, load_file
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("number", "letter", "option", "boolean", "text")
 SPLITS = ("test", "train")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One data set: where its bytes come from, which column is what, and how its answers are judged.
-
-    A row comes from `url` (then `blob` pins its bytes and `local` is its place in mirror and cache), from a person's
-    own `file`, or from neither: then the code generates it. `kind` says what an answer is; ``"text"`` is any other
-    text, or no one kind. `columns` maps the fields of `Example` to the file's names. `size` counts
-    examples; None where that is not known.
-    """
-
-    name: str
-    title: str
-    kind: str
-    split: str = "test"
-    size: int | None = None
-    repository: str = ""
-    commit: str = ""
-    path: str = ""
-    blob: str = ""
-    url: str = ""
-    local: str = ""
-    file: str = ""
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    format: str = "plain"
-    licence: str = ""
-    description: str = ""
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the code itself holds the data."""
-        return not (self.url or self.file)
 
 
 _TEST = {"question": "instruction", "input": "input", "response": None, "answer": "answer"}  # `output` is not gold

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 
 from llm_adapters.errors import RequestError, WorkError
 from llm_adapters.files import atomic, cache_folder
+from llm_adapters.tasks.examples import Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from llm_adapters.tasks.catalog import Task
 
 MIRROR = "LLM_ADAPTERS_MIRROR"
 
@@ -41,7 +40,7 @@ def blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def verify(task: "Task", file: Path, remedy: str) -> Path:
+def verify(task: Task, file: Path, remedy: str) -> Path:
     """`file`, if its bytes are the ones the catalogue pins; else a `WorkError` that ends in `remedy`."""
     if task.blob and (found := blob_id(file.read_bytes())) != task.blob:
         raise WorkError(
@@ -50,7 +49,7 @@ def verify(task: "Task", file: Path, remedy: str) -> Path:
     return file
 
 
-def present(task: "Task") -> Path | None:
+def present(task: Task) -> Path | None:
     """The verified file of `task` where it needs no download, else None; `WorkError` where its bytes are wrong."""
     if task.file:
         if not Path(task.file).is_file():
@@ -65,7 +64,7 @@ def present(task: "Task") -> Path | None:
     return None
 
 
-def locate(task: "Task") -> Path:
+def locate(task: Task) -> Path:
     """The file of `task`: from the mirror, else from the cache, else downloaded into the cache.
 
     Its bytes are compared with the catalogue's git blob id on every call.
@@ -78,7 +77,7 @@ def locate(task: "Task") -> Path:
         return download(task, _Bar(display, task.name))
 
 
-def download(task: "Task", bar: "_Bar | None" = None) -> Path:
+def download(task: Task, bar: "_Bar | None" = None) -> Path:
     """Fetch the file of `task` into the cache, replacing what lies there.
 
     The file appears under its name only once it is complete and its bytes are the right ones.
@@ -130,7 +129,7 @@ class Fetched:
     reason: str = ""
 
 
-def fetch(tasks: Iterable["Task"], *, progress: bool = False, threads: int = 4) -> list[Fetched]:
+def fetch(tasks: Iterable[Task], *, progress: bool = False, threads: int = 4) -> list[Fetched]:
     """Bring every data set of `tasks` onto this machine, `threads` at a time; those complete already are left alone.
 
     A damaged file in the cache is replaced. One failure does not stop the others: look at each `Fetched.status` and
@@ -138,7 +137,7 @@ def fetch(tasks: Iterable["Task"], *, progress: bool = False, threads: int = 4) 
     """
     display = _display(progress)
 
-    def one(task: "Task") -> Fetched:
+    def one(task: Task) -> Fetched:
         if task.embedded:
             return Fetched(task.name, "embedded")
         try:
@@ -152,7 +151,7 @@ def fetch(tasks: Iterable["Task"], *, progress: bool = False, threads: int = 4) 
         return list(pool.map(one, tasks))
 
 
-def _present_or_replaceable(task: "Task") -> Path | None:
+def _present_or_replaceable(task: Task) -> Path | None:
     """As `present`, but a damaged file in the cache counts as absent: a person's own files are not ours to replace."""
     mirror = mirror_folder()
     try:

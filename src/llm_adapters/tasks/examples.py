@@ -1,6 +1,7 @@
 """What an example is, and how examples are read from a person's own file (.json, .jsonl, .csv or .parquet)."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -36,6 +37,54 @@ class Example:
     input: str = ""
     response: str = ""
     answer: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set: the source of its bytes, the meaning of its columns, and the kind of its answers.
+
+    A row comes from `url`, from a person's own `file`, or from neither: then the code generates it.
+
+    Attributes:
+        name: as on the command line.
+        title: as in a table's head.
+        kind: what an answer is (`llm_adapters.tasks.answers.KINDS`); ``"text"`` is any other text, or no one kind.
+        split: ``"test"`` or ``"train"``.
+        size: number of examples; None where that is not known.
+        repository: the repository of `url`, as ``owner/name``.
+        commit: the commit at which it is pinned.
+        path: the file's path in it.
+        blob: the git blob id of the file's bytes.
+        url: the address of the file.
+        local: its place in mirror and cache.
+        file: a person's own file.
+        columns: maps the fields of `Example` to the file's names.
+        format: one of `FORMATS`.
+        licence: the licence of the data.
+        description: one line on what is in it.
+    """
+
+    name: str
+    title: str
+    kind: str
+    split: str = "test"
+    size: int | None = None
+    repository: str = ""
+    commit: str = ""
+    path: str = ""
+    blob: str = ""
+    url: str = ""
+    local: str = ""
+    file: str = ""
+    columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    format: str = "plain"
+    licence: str = ""
+    description: str = ""
+
+    @property
+    def embedded(self) -> bool:
+        """True where the code itself holds the data."""
+        return not (self.url or self.file)
 
 
 def load_file(
