@@ -1,11 +1,31 @@
-"""A conversation in the terminal, one question at a time, with a base model, an adapter or a run."""
+"""`llm-adapters chat`: a conversation in the terminal, with a base model, an adapter or a run."""
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_adapters.tasks.templates import TemplateName
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def chat(
+    model: str = "smollm2-135m",
+    *,
+    adapter: Path | None = None,
+    template: TemplateName | None = None,
+    max_new_tokens: int = 256,
+) -> None:
+    """Talk to a base model, an adapter or a run in the terminal; an empty line or Ctrl-D ends it.
+
+    Args:
+        model: a run folder, a model folder, a short name or a hub id.
+        adapter: an adapter's folder, to go on the model.
+        template: the prompt template; by default the adapter's own, or chat for a bare model that has one.
+        max_new_tokens: the longest answer, in tokens.
+    """
+    talk(model, adapter, template=template, max_new_tokens=max_new_tokens)
 
 
 def talk(model: str, adapter: Path | None, *, template: str | None, max_new_tokens: int) -> None:

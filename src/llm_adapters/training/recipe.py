@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
+from llm_adapters.tasks.answers import ProtocolName
+from llm_adapters.tasks.templates import TemplateName
 
 
 @dataclass
@@ -57,7 +59,7 @@ class DataSettings:
     columns: dict[str, str | None] | None = None
     limit: int | None = None
     validation: float = 0
-    template: Literal["alpaca", "chat", "plain", "paper"] = "alpaca"
+    template: TemplateName = "alpaca"
     max_length: int = 512
     too_long: Literal["drop", "cut", "error"] = "drop"
     train_on_prompt: bool = False
@@ -125,7 +127,7 @@ class EvaluationSettings:
 
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
-    protocol: Literal["default", "strict", "paper"] = "default"
+    protocol: ProtocolName = "default"
     max_new_tokens: int = 256
     batch_size: int | None = None
 
