@@ -132,6 +132,33 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("training: {epochs: many}", "training.epochs must be a number, not 'many'"),
+        ("data: {limit: [1]}", "data.limit must be a whole number, not '[1]'"),
+        ("data: {template: chatty}", "data.template must be one of 'alpaca', 'chat', 'plain', 'paper', not 'chatty'"),
+        ("training: {epoch: 1}", "unknown key of training 'epoch'"),
+    ],
+)
+def test_a_wrong_value_in_a_recipe_is_one_sentence(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
+def test_an_unknown_test_set_is_told_before_the_training_set_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLM_ADAPTERS_MIRROR", str(tmp_path))
+    monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(tmp_path))
+    assert main(["data", "check", "gsm8k-train", "--against", "svam"]) == 2
+    assert "unknown task 'svam'" in capsys.readouterr().err
+
+
 BAD_FILES = {
     "not-json.json": ("[{", "not JSON"),
     "no-column.json": ('[{"text": "a"}]', "no column for the question"),

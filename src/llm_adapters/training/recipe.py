@@ -214,6 +214,8 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
         import yaml
         from jsonargparse import ArgumentParser
 
+        from llm_adapters.compat.jsonargparse import readable
+
         if isinstance(source, str | Path):
             path = Path(source)
             if not path.is_file():
@@ -232,7 +234,7 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
         try:
             recipe = parser.instantiate(parser.parse_object({"recipe": document})).recipe
         except (ArgumentError, TypeError, ValueError) as error:
-            raise RequestError(f"the recipe is wrong: {' '.join(str(error).split())}") from error
+            raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from error
     recipe.check()
     return recipe
 
