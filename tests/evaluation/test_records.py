@@ -90,11 +90,11 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
     assert not path.exists()
 
 
-def test_a_journal_of_other_settings_is_not_taken_up(tmp_path):
+def test_a_journal_of_other_settings_is_not_resumed(tmp_path):
     path = tmp_path / "journal"
     fill(path)
     assert Journal(path, "xyz").resume() == []
-    assert Journal(path, "abc").resume() == []  # it was begun anew
+    assert Journal(path, "abc").resume() == []  # it has begun again
 
 
 @pytest.mark.parametrize("lost", range(1, 400, 7))
@@ -112,7 +112,7 @@ def test_a_journal_that_breaks_off_anywhere_keeps_what_is_whole(tmp_path, lost):
 
 
 @pytest.mark.parametrize("content", ["", "\n", "nonsense\n", "[]\n", '{"settings": 1}\n', "\x00\x01"])
-def test_a_journal_that_is_none_is_begun_anew(tmp_path, content):
+def test_what_is_no_journal_is_begun_again(tmp_path, content):
     path = tmp_path / "journal"
     path.write_text(content)
     fill(path)

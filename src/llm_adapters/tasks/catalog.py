@@ -136,9 +136,13 @@ CATALOG: Mapping[str, Task] = MappingProxyType({task.name: task for task in _row
 
 
 def get(name: str | os.PathLike[str]) -> Task:
-    """The task called `name` in the catalogue, or the one that the YAML file of that path describes.
+    """Find a task in the catalogue, or read the YAML file that describes one.
 
-    Raises `RequestError` for an unknown name and for a YAML file that does not describe a task.
+    Args:
+        name: a name of the catalogue, or the path of a YAML file.
+
+    Raises:
+        RequestError: an unknown name, or a YAML file that does not describe a task.
     """
     if task := CATALOG.get(str(name)):
         return task
@@ -148,12 +152,19 @@ def get(name: str | os.PathLike[str]) -> Task:
 
 
 def load_task(name: str | os.PathLike[str], *, limit: int | None = None, seed: int | None = None) -> list[Example]:
-    """The questions of a task with their gold answers, in file order; none has a response.
+    """Read the questions of a task with their gold answers.
 
-    `limit` keeps the first so many; with a `seed` they are shuffled before. `name` as `get` takes it.
+    Args:
+        name: as for `get`.
+        limit: keep the first so many.
+        seed: shuffle before that; None keeps the order of the file.
 
-    Raises `RequestError` for a task without gold answers and for a `limit` below 1; `WorkError` where the data cannot
-    be had or its bytes are wrong.
+    Returns:
+        The examples, without responses.
+
+    Raises:
+        RequestError: an unknown task, one without gold answers, or a `limit` below 1.
+        WorkError: the data is not available, or its bytes are wrong.
     """
     task = get(name)
     _check_limit(limit)
@@ -173,13 +184,21 @@ def load_training_data(
     limit: int | None = None,
     questions_only: bool = False,
 ) -> list[Example]:
-    """The examples of a training set of the catalogue, of a task YAML with ``split: train``, or of a person's own file.
+    """Read a training set of the catalogue, of a task YAML with ``split: train``, or of a person's own file.
 
-    `columns` is for a person's own file, as `load_file` takes it. A row without a response is an error there; in a set
-    of the catalogue it is left out and the number of such rows is logged. `questions_only` keeps every row and asks for
-    no response: for comparing questions, not for training; test sets are allowed then. `limit` keeps the first so many.
+    A row without a response is an error in a person's own file; in a set of the catalogue it is left out, and the
+    number of such rows is logged.
 
-    Raises `RequestError` for an unknown name, a test set, a file that cannot be read, and a `limit` below 1.
+    Args:
+        name_or_path: a name of the catalogue, or the path of a YAML or data file.
+        columns: for a person's own file, as `load_file` takes it.
+        limit: keep the first so many.
+        questions_only: keep every row and need no response, to compare questions and not to train; test sets are
+            allowed then.
+
+    Raises:
+        RequestError: an unknown name, a test set, a file that cannot be read, or a `limit` below 1.
+        WorkError: the data is not available, or its bytes are wrong.
     """
     _check_limit(limit)
     required = set() if questions_only else {"response"}
@@ -216,7 +235,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _read_task(path: Path) -> Task:
-    """The task that a YAML file describes; its `file` is relative to the YAML's folder."""
+    """Task that a YAML file describes; its `file` is relative to the YAML's folder."""
     import yaml
 
     try:
