@@ -200,7 +200,7 @@ def _text(file: Path, where: str, name: str, value: Any) -> str:
 
 
 def _split_gsm8k(file: Path, where: str, worked: str) -> dict[str, str]:
-    """Split a worked answer into the steps without calculator marks (they end in ``#### 72``, a declared answer), and the answer alone."""
+    """Split a worked answer into its steps without calculator marks, up to ``#### 72``, and the answer alone."""
     _, mark, answer = worked.rpartition("####")
     if not mark:
         raise RequestError(f"{file}, {where}: the answer does not end in '#### NUMBER' as the gsm8k format needs.")
