@@ -4,9 +4,9 @@ Importing the package registers the bottleneck method with PEFT, so that ``PeftM
 names below are imported when they are first used: the command line answers ``--help`` without loading torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from llm_adapters._lazy import lazy
 from llm_adapters._registration import register_with_peft
 from llm_adapters._version import __version__
 
@@ -30,14 +30,5 @@ _PUBLIC = {
 __all__ = ["BottleneckConfig", "FusionConfig", "Recipe", "__version__", "evaluate", "load", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'llm_adapters' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
-
-
+__getattr__, __dir__ = lazy(__name__, _PUBLIC)
 register_with_peft()

@@ -12,6 +12,10 @@ class WorkError(RuntimeError):
     """The request was fine but the work failed: a download broke, a loss is not finite (exit code 1)."""
 
 
+class Interrupted(WorkError):
+    """A signal stopped the run after a checkpoint; the same request goes on from there (exit code 130)."""
+
+
 def unknown(kind: str, value: object, allowed: object, hint: str = "") -> RequestError:
     """A `RequestError` that names the offending `value` and lists what is `allowed`.
 

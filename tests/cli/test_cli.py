@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny import save_tiny
 
-from llm_adapters.cli import VERBS, main
+from llm_adapters.cli import MOVED, VERBS, main
+from llm_adapters.cli.parser import load
 
 COMMAND = [sys.executable, "-m", "llm_adapters.cli"]
 
@@ -33,14 +34,18 @@ def overrides(model: Path, **more: Any) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def test_help_does_not_load_torch() -> None:
+def test_no_help_loads_torch() -> None:
+    """A verb's help takes a second and a half with torch, and a tenth of that without."""
     code = """
 import sys
-from llm_adapters.cli import main
-try:
-    main(["--help"])
-finally:
-    assert not {"torch", "transformers", "peft"} & set(sys.modules)
+from llm_adapters.cli import VERBS, main
+for verb in ["", *VERBS]:
+    try:
+        main([*verb.split(), "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0, verb
+    loaded = {"torch", "transformers", "peft", "numpy", "datasets", "matplotlib"} & set(sys.modules)
+    assert not loaded, (verb, loaded)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -55,10 +60,25 @@ def test_every_verb_explains_each_of_its_options(verb: str, capsys: pytest.Captu
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for name in inspect.signature(VERBS[verb]).parameters:
+    function = load(VERBS[verb])
+    for name in inspect.signature(function).parameters:
         assert name == "recipe" or name in shown.replace("-", "_")
         if name != "recipe":
-            assert f"{name}:" in (VERBS[verb].__doc__ or "")
+            assert f"{name}:" in (function.__doc__ or "")
+
+
+@pytest.mark.parametrize("option", sorted(MOVED))
+@pytest.mark.parametrize("tail", [["a", "b"], []])
+def test_an_option_that_became_a_verb_names_the_verb(
+    option: str, tail: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, _, flag = option.partition(" ")
+    assert main([verb, flag, *tail]) == 2
+    assert main([verb, f"{flag}=a", "--json"]) == 2
+    (sentence, again) = capsys.readouterr().err.splitlines()
+    assert sentence == again
+    new = sentence.partition("is a verb of its own now: llm-adapters ")[2]
+    assert " ".join(new.split()[:2]) in VERBS
 
 
 @pytest.mark.parametrize(
@@ -67,8 +87,8 @@ def test_every_verb_explains_each_of_its_options(verb: str, capsys: pytest.Captu
         (["trian"], "unknown verb 'trian'"),
         (["data", "lst"], "unknown verb of data 'lst'"),
         (["train", "--output", "x", "--training.epoch", "3"], "--training.epoch"),
-        (["train", "--output", "x", "--training.epochs", "many"], "training.epochs: a float is needed. Got many"),
-        (["train", "--output", "x", "--data.template", "chatty"], "choose one of 'alpaca', 'chat', 'plain', 'paper'"),
+        (["train", "--output", "x", "--training.epochs", "many"], "training.epochs must be a number, not 'many'"),
+        (["train", "--output", "x", "--data.template", "chatty"], "must be one of 'alpaca', 'chat', 'plain', 'paper'"),
         (["train"], "output"),
         (["train", "missing.yaml", "--output", "x"], "no recipe file 'missing.yaml'"),
         (["train", "--output", "x", "--adapter.method", "serial"], "unknown method 'serial'"),
@@ -80,7 +100,21 @@ def test_every_verb_explains_each_of_its_options(verb: str, capsys: pytest.Captu
         (["evaluate", "--model", "x", "--tasks", "gsm9k"], "unknown"),
         (["evaluate", "--model", "x"], "no tasks given"),
         (["evaluate", "--tasks", "gsm8k"], "either a run folder or --model"),
-        (["evaluate", "--model", "x", "--tasks", "gsm8k", "--limit", "few"], "limit: a int is needed. Got few"),
+        (["evaluate", "--model", "x", "--tasks", "gsm8k", "--limit", "few"], "limit must be a whole number, not 'few'"),
+        (
+            ["evaluate", "--model", "x", "--tasks", "gsm8k", "--protocol", "p"],
+            "must be one of 'default', 'strict', 'paper'",
+        ),
+        (
+            ["evaluate", "--model", "x", "--tasks", "gsm8k", "--template", "t"],
+            "template must be one of 'alpaca', 'chat'",
+        ),
+        (["results", "compare", "./no-such-folder", "./nor-this"], "'no-such-folder' holds no results"),
+        (["results", "compare", "./no-such-folder"], "second"),
+        (["results", "compare", "a", "b", "c"], "c"),
+        (["results", "spread", "./no-such-folder", "b"], "no-such-folder"),
+        (["results", "rescore", "./no-such-folder"], "no-such-folder"),
+        (["results", "rescore", "x", "--protocol", "lenient"], "must be one of 'default', 'strict', 'paper'"),
         (["inspect", "./no-such-folder"], "no-such-folder"),
         (["convert", "./no-such-folder", "y"], "no-such-folder"),
         (["demo", "--quick", "--method", "serial"], "serial"),
@@ -96,6 +130,33 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(
     assert printed.err.strip().splitlines()[-1].startswith("llm-adapters: ")
     assert printed.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("training: {epochs: many}", "training.epochs must be a number, not 'many'"),
+        ("data: {limit: [1]}", "data.limit must be a whole number, not '[1]'"),
+        ("data: {template: chatty}", "data.template must be one of 'alpaca', 'chat', 'plain', 'paper', not 'chatty'"),
+        ("training: {epoch: 1}", "unknown key of training 'epoch'"),
+    ],
+)
+def test_a_wrong_value_in_a_recipe_is_one_sentence(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
+def test_an_unknown_test_set_is_told_before_the_training_set_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLM_ADAPTERS_MIRROR", str(tmp_path))
+    monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(tmp_path))
+    assert main(["data", "check", "gsm8k-train", "--against", "svam"]) == 2
+    assert "unknown task 'svam'" in capsys.readouterr().err
 
 
 BAD_FILES = {
@@ -139,7 +200,7 @@ def test_the_whole_way_from_recipe_to_scores(family: str, tmp_path: Path) -> Non
     base = call("evaluate", "--model", folder, *options, "--output", tmp_path / "base")
     same = call("evaluate", "--model", folder, "--adapter", run / "adapter", *options)
     assert same["tasks"]["wordproblems"]["correct"] == scores["tasks"]["wordproblems"]["correct"]
-    compared = call("evaluate", "--compare", tmp_path / "base", run)
+    compared = call("results", "compare", tmp_path / "base", run)
     assert "wordproblems" in compared["tasks"]
     assert base["tasks"]["wordproblems"]["total"] == 4
 
@@ -190,12 +251,13 @@ def test_tables_say_what_the_documents_say(
     assert "eval/default" in table
     assert (run / "eval/default/errors.html").read_text().startswith("<!doctype html>")
     shown("evaluate", "--model", model, *options, "--output", tmp_path / "base")
-    assert "wordproblems" in shown("evaluate", "--compare", tmp_path / "base", run)
-    assert "/3" in shown("evaluate", "--rescore", run, "--protocol", "strict")
-    assert "mean accuracy" in shown("evaluate", "--spread", tmp_path / "base", run)
-    spread = json.loads(shown("evaluate", "--spread", tmp_path / "base", run, "--json"))
+    assert "wordproblems" in shown("results", "compare", tmp_path / "base", run)
+    assert "/3" in shown("results", "rescore", run, "--protocol", "strict", "--html")
+    assert (run / "eval/default/rescored/strict/errors.html").is_file()
+    assert "mean accuracy" in shown("results", "spread", tmp_path / "base", run)
+    spread = json.loads(shown("results", "spread", tmp_path / "base", run, "--json"))
     assert spread["tasks"]["wordproblems"]["count"] == 2
-    assert main(["evaluate", "--spread", str(run)]) == 2
+    assert main(["results", "spread", str(run)]) == 2
     assert "model.layers.*.self_attn.q_proj" in shown("inspect", model, "--method", "lora")
     assert "grade-school" not in shown("data", "list")
     assert "embedded" in shown("data", "fetch", "wordproblems")

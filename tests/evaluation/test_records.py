@@ -1,9 +1,12 @@
 import json
+from typing import get_args
 
 import pytest
 
 from llm_adapters.errors import RequestError
-from llm_adapters.evaluation.records import Journal, Record, read_answer, read_records, write_records
+from llm_adapters.evaluation.protocols import PROTOCOLS
+from llm_adapters.evaluation.records import Journal, Record, read_records, score, write_records
+from llm_adapters.tasks.answers import ProtocolName
 
 
 def record(index=0, output="The answer is 5.", label="5.0", **fields):
@@ -40,7 +43,7 @@ def test_what_is_no_record_is_named_by_file_and_line(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    ("output", "kind", "template", "extraction", "expected"),
+    ("output", "kind", "template", "protocol", "expected"),
     [
         ("The answer is 5. There are 7 left.", "number", "alpaca", "default", 5.0),
         ("The answer is 5. There are 7 left.", "number", "alpaca", "paper", 7.0),  # the last number
@@ -53,16 +56,19 @@ def test_what_is_no_record_is_named_by_file_and_line(tmp_path, line):
         ("Answer: B", "letter", "alpaca", "default", "B"),
     ],
 )
-def test_answers_are_read_by_the_rule_that_was_asked_for(output, kind, template, extraction, expected):
-    assert read_answer(output, kind, template, extraction) == expected
+def test_answers_are_read_by_the_rule_that_was_asked_for(output, kind, template, protocol, expected):
+    answer, correct = score(output, str(expected), kind, template=template, protocol=PROTOCOLS[protocol])
+    assert answer == expected
+    assert correct == (expected is not None)
 
 
 def test_rescoring_a_record():
-    again = record(0, "The answer is 5. There are 7 left.").rescored("number", "alpaca", "paper")
+    default, paper = ({"template": "alpaca", "protocol": PROTOCOLS[name]} for name in ("default", "paper"))
+    again = record(0, "The answer is 5. There are 7 left.").rescored("number", **paper)
     assert (again.extracted, again.correct) == (7.0, False)
-    assert again.rescored("number", "alpaca", "default") == record(0, "The answer is 5. There are 7 left.")
+    assert again.rescored("number", **default) == record(0, "The answer is 5. There are 7 left.")
     skipped = record(0, "", skipped=True, extracted=None, correct=False)
-    assert skipped.rescored("number", "alpaca", "default") == skipped
+    assert skipped.rescored("number", **default) == skipped
 
 
 def fill(path, settings="abc", count=3):
@@ -84,11 +90,11 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path):
     assert not path.exists()
 
 
-def test_a_journal_of_other_settings_is_not_taken_up(tmp_path):
+def test_a_journal_of_other_settings_is_not_resumed(tmp_path):
     path = tmp_path / "journal"
     fill(path)
     assert Journal(path, "xyz").resume() == []
-    assert Journal(path, "abc").resume() == []  # it was begun anew
+    assert Journal(path, "abc").resume() == []  # it has begun again
 
 
 @pytest.mark.parametrize("lost", range(1, 400, 7))
@@ -106,7 +112,7 @@ def test_a_journal_that_breaks_off_anywhere_keeps_what_is_whole(tmp_path, lost):
 
 
 @pytest.mark.parametrize("content", ["", "\n", "nonsense\n", "[]\n", '{"settings": 1}\n', "\x00\x01"])
-def test_a_journal_that_is_none_is_begun_anew(tmp_path, content):
+def test_what_is_no_journal_is_begun_again(tmp_path, content):
     path = tmp_path / "journal"
     path.write_text(content)
     fill(path)
@@ -116,3 +122,8 @@ def test_without_a_path_nothing_is_kept(tmp_path):
     journal = fill(None)
     journal.remove()
     assert Journal(None, "abc").resume() == []
+
+
+def test_the_typed_protocol_names_are_the_rows():
+    assert set(get_args(ProtocolName)) == set(PROTOCOLS)
+    assert all(name == row.name for name, row in PROTOCOLS.items())

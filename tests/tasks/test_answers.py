@@ -37,7 +37,7 @@ def solutions(shared_data, split):
     return [json.loads(line) for line in lines]
 
 
-# --- default and strict on the table ---------------------------------------------------------------------------------
+# --- default and strict on the table
 
 
 @pytest.mark.parametrize(("kind", "text", "answer"), CASES)
@@ -98,7 +98,7 @@ def test_unknown_kind_and_protocol_are_named():
         is_correct(5.0, "5", "float")
 
 
-# --- is_correct ------------------------------------------------------------------------------------------------------
+# --- is_correct
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_is_correct(prediction, label, kind, correct):
     assert is_correct(prediction, label, kind) is correct
 
 
-# --- properties ------------------------------------------------------------------------------------------------------
+# --- properties
 
 FORMATS = [
     "The answer is {}.",
@@ -305,7 +305,7 @@ def test_long_texts_of_one_piece_are_read(piece):
         assert str(extract(text, kind)) in (declared, f"{declared}.0")
 
 
-# --- the paper's protocol --------------------------------------------------------------------------------------------
+# --- the paper's protocol
 
 
 def paper_rules(text, kind):
@@ -363,7 +363,7 @@ def test_paper_protocol_is_the_papers_rules(case, text):
         assert extract(text, kind, "paper") == paper_rules(text, kind)
 
 
-# --- the real data ---------------------------------------------------------------------------------------------------
+# --- the real data
 
 # Declared answers that are more than one plain number, read by eye: (set, position) -> value.
 READ_BY_EYE = {
@@ -494,7 +494,7 @@ def test_a_repeated_commonsense_question_is_no_answer(shared_data, name):
     assert answered <= len(items) / 1000
 
 
-# --- beside lm-evaluation-harness ------------------------------------------------------------------------------------
+# --- beside lm-evaluation-harness
 
 # Its GSM8K task, version 3.0 (lm_eval/tasks/gsm8k/gsm8k.yaml): the two filters and what its exact match ignores.
 HARNESS_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")

@@ -8,7 +8,9 @@ import pytest
 
 from llm_adapters.errors import RequestError, WorkError
 from llm_adapters.tasks import download
-from llm_adapters.tasks.catalog import CATALOG, KINDS, Example, get, load_task, load_training_data
+from llm_adapters.tasks.answers import KINDS
+from llm_adapters.tasks.catalog import CATALOG, get, load_task, load_training_data
+from llm_adapters.tasks.examples import Example
 
 TESTS = (
     "multiarith gsm8k addsub aqua singleeq svamp mawps mathqa boolq piqa siqa hellaswag winogrande arc-easy "

@@ -1,49 +1,6 @@
 import pytest
 
-from llm_adapters.tasks.answers.declarations import claims, end_of_solution, response
-
-
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("It is 5.", "It is 5."),
-        ("It is 5.\n### Instruction:\nmore", "It is 5."),
-        ("It is 5. ### Response: more", "It is 5."),
-        ("It is 5.\nQuestion: more", "It is 5."),
-        ("It is 5. Q: more", "It is 5."),
-        ("It is 5.\n\n**Problem 3:** more", "It is 5."),
-        ("It is 5.\nQuestion 2\nmore", "It is 5."),
-        ("It is 5.\nHuman: more", "It is 5."),
-        ("It is 5.\nAssistant: more", "It is 5."),
-        ("It is 5.<|eot_id|>more", "It is 5."),
-        ("It is 5.</s>more", "It is 5."),
-        ("It is 5.\n\nBelow is an instruction that describes a task.", "It is 5."),
-        ("### Response:\nIt is 5.", "It is 5."),
-        ("<s> It is 5.</s>", "It is 5."),
-        ("User: how many?\nAssistant: It is 5.\nUser: more", "It is 5."),
-        ("### Explanation\n2 + 3 = 5. The question: is it 5? Answer: 5", None),
-        ("Tom asks a question: 5?\nHe answers the human: 6.", None),
-        ("I question 5.\nThe user: 6", None),
-        ("", ""),
-    ],
-)
-def test_the_response_ends_where_the_next_turn_begins(text, first):
-    assert response(text).strip() == (text if first is None else first)
-
-
-@pytest.mark.parametrize(
-    ("text", "end"),
-    [
-        ("a\n#### 5\nb", "a\n#### 5"),
-        ("a\n#### $1,000 dollars.\nb", None),  # currency goes before the text comes here
-        ("a\n#### 1,000 dollars.\nb", "a\n#### 1,000 dollars."),
-        ("#### 1. First\nb", None),
-        ("#### Answer\n5", None),
-        ("#### 2 apples per child are left\nb", None),
-    ],
-)
-def test_a_solution_ends_with_its_mark(text, end):
-    assert end_of_solution(text) == (text if end is None else end)
+from llm_adapters.tasks.answers.declarations import declared_answers
 
 
 @pytest.mark.parametrize(
@@ -58,7 +15,7 @@ def test_a_solution_ends_with_its_mark(text, end):
         ("#### 5", [("mark", " 5")]),
         (r"\boxed{\frac{1}{2}} }", [("box", r"\frac{1}{2}")]),
         ("<answer> B </answer>", [("box", "B")]),
-        ("Well. So 5 is the answer.", [("reverse", "So 5 ")]),
+        ("Well. So 5 is the answer.", [("answer first", "So 5 ")]),
         ("Is it that the answer is 5?", []),
         ("If the answer is 5, go", []),
         ("Which is the correct answer?", []),
@@ -68,10 +25,12 @@ def test_a_solution_ends_with_its_mark(text, end):
         ("He answers. This is 5", []),
     ],
 )
-def test_claims(text, found):
-    assert [(claim.form, claim.text) for claim in sorted(claims(text), key=lambda claim: claim.start)] == found
+def test_declared_answers(text, found):
+    assert [
+        (answer.style, answer.text) for answer in sorted(declared_answers(text), key=lambda answer: answer.start)
+    ] == found
 
 
 def test_a_label_knows_whether_digits_follow():
-    assert [claim.more for claim in claims("Answer: 5 apples. Then 6")] == [True]
-    assert [claim.more for claim in claims("3. Answer: 5 apples. Done")] == [False]
+    assert [answer.digits_follow for answer in declared_answers("Answer: 5 apples. Then 6")] == [True]
+    assert [answer.digits_follow for answer in declared_answers("3. Answer: 5 apples. Done")] == [False]

@@ -7,7 +7,8 @@ import pytest
 from llm_adapters.errors import RequestError, WorkError
 from llm_adapters.files import cache_folder
 from llm_adapters.tasks import download
-from llm_adapters.tasks.catalog import CATALOG, Task
+from llm_adapters.tasks.catalog import CATALOG
+from llm_adapters.tasks.examples import Task
 
 CONTENT = b'[{"question": "1 + 1?", "answer": "2"}]\n' * 5000
 # `git hash-object` on a file with CONTENT

@@ -107,10 +107,10 @@ GOOD = '{"question": "q", "response": "r"}'
         ("a.json", '{"data": []}', r"a\.json holds one object; a list of objects"),
         ("a.json", "", r"a\.json is empty"),
         ("a.json", "[]", r"a\.json is empty"),
-        ("a.json", f"[{GOOD}, 3]", r"a\.json, item 2: a number stands where an object"),
-        ("a.json", f"[{GOOD}, null]", r"a\.json, item 2: a null stands where an object"),
+        ("a.json", f"[{GOOD}, 3]", r"a\.json, item 2: a number where an object"),
+        ("a.json", f"[{GOOD}, null]", r"a\.json, item 2: a null where an object"),
         ("a.jsonl", GOOD + "\n\n{oops\n", r"a\.jsonl, line 3: not JSON"),
-        ("a.jsonl", GOOD + '\n["q"]\n', r"a\.jsonl, line 2: a list stands where an object"),
+        ("a.jsonl", GOOD + '\n["q"]\n', r"a\.jsonl, line 2: a list where an object"),
         ("a.jsonl", "\n \n", r"a\.jsonl is empty"),
         ("a.jsonl", '{"question": "q", "text": "r"}', r"no column for the response.*'question', 'text'.*column map"),
         (

@@ -152,7 +152,7 @@ def test_what_counts_as_near_is_near(train, test, threshold):
         assert match.similarity == pytest.approx(best_similarity([match.train], match.test))
 
 
-# --- fingerprints ----------------------------------------------------------------------------------------------------
+# --- fingerprints
 
 
 def test_a_fingerprint_tells_what_was_seen_without_the_data():
@@ -197,7 +197,7 @@ def test_datasketch_is_imported_only_to_seek_near_matches():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- the public data -------------------------------------------------------------------------------------------------
+# --- the public data
 
 
 @pytest.mark.shared

@@ -32,13 +32,13 @@ from llm_adapters.tasks.answers.numbers import find, in_words, normalise
     ],
 )
 def test_numbers_are_found_and_read(text, values):
-    assert [numeral.value for numeral in find(normalise(text))] == pytest.approx(values)
+    assert [number.value for number in find(normalise(text))] == pytest.approx(values)
 
 
-def test_a_numeral_says_where_it_stands():
+def test_a_number_has_its_position():
     text = "x = -1,234.5 apples"
-    (numeral,) = find(text)
-    assert text[numeral.start : numeral.end] == "-1,234.5"
+    (number,) = find(text)
+    assert text[number.start : number.end] == "-1,234.5"
 
 
 @pytest.mark.parametrize(
@@ -73,5 +73,5 @@ def test_plain_text_stays_as_it_is():
 @settings(deadline=None)
 @given(st.text())
 def test_any_text_is_read(text):
-    for numeral in find(normalise(text)):
-        assert numeral.start < numeral.end
+    for number in find(normalise(text)):
+        assert number.start < number.end

@@ -1,12 +1,20 @@
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from llm_adapters.errors import RequestError
 from llm_adapters.tasks.examples import Example
-from llm_adapters.tasks.templates import PAPER, TEMPLATES, encode_example, encode_prompt, render_prompt, response_of
+from llm_adapters.tasks.templates import (
+    TEMPLATES,
+    TemplateName,
+    encode_example,
+    encode_prompt,
+    render_prompt,
+    response_of,
+)
 
 # sha256 of the bytes that the paper's code makes at commit 8166572, its placeholders left as such.
 PAPER_SHA256 = {
@@ -60,7 +68,6 @@ def test_paper_bytes(name):
     if stage == "train":
         rendered += "{output}"
     assert hashlib.sha256(rendered.encode()).hexdigest() == PAPER_SHA256[name]
-    assert set(PAPER) == set(PAPER_SHA256)
 
 
 def test_paper_keeps_every_byte_of_the_question():
@@ -165,6 +172,11 @@ def test_an_empty_response_still_teaches_to_stop():
     assert [label for label in encoded.labels if label != -100] == [1]
 
 
+def test_the_typed_names_are_the_rows():
+    assert set(get_args(TemplateName)) == set(TEMPLATES)
+    assert all(name == row.name for name, row in TEMPLATES.items())
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(RequestError, match=r"unknown template 'alpacka': choose one of alpaca, .*'alpaca'\?"):
         render_prompt("alpacka", "q")
@@ -191,9 +203,9 @@ def test_errors_say_what_to_do():
         ("plain", "Answer: 3", "Answer: 3"),
         ("plain", "The Question: is it 3?", "The Question: is it 3?"),
         ("chat", "\n3 ### Instruction: kept \n", "3 ### Instruction: kept"),
-        ("paper", "Below ... ### Response:\n                 3.\n", "3."),
-        ("paper", "Below ... ### Response:\n 3.\n### Response: 4.", "3."),
-        ("paper", "Below ... ### Response: 3.\n### Instruction: kept", "3.\n### Instruction: kept"),
+        ("paper", "\n                 3.\n", "3."),
+        ("paper", "\n 3.\n### Response: 4.", "3."),
+        ("paper", " 3.\n### Instruction: kept", "3.\n### Instruction: kept"),
         ("alpaca", "", ""),
     ],
 )

@@ -1,4 +1,73 @@
-"""The command line: one typed function per verb; its signature and docstring are the options and the help."""
+"""The command line: one module per verb, whose typed function and docstring are the options and the help.
 
-from llm_adapters.cli.verbs import VERBS as VERBS
-from llm_adapters.cli.verbs import main as main
+Imports of anything heavy are inside the functions that need it, here and in the rest of the package, so that
+``llm-adapters --help`` and every verb's help answer at once. A launcher outside the package could print the help and
+then import everything plainly; it was weighed and left out. Help is made from the verbs' signatures and docstrings
+and from the recipe's dataclasses, so the launcher would need a copy of them, to be kept equal; and a wrong option or
+recipe key would still wait seconds for torch before it is told.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from llm_adapters._version import __version__
+from llm_adapters.errors import Interrupted, RequestError, WorkError
+
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+
+VERBS = {  # the verb: its module and function
+    "demo": "llm_adapters.cli.demo:demo",
+    "train": "llm_adapters.cli.train:train",
+    "evaluate": "llm_adapters.cli.evaluate:evaluate",
+    "results compare": "llm_adapters.cli.results:compare",
+    "results spread": "llm_adapters.cli.results:spread",
+    "results rescore": "llm_adapters.cli.results:rescore",
+    "convert": "llm_adapters.cli.convert:convert",
+    "inspect": "llm_adapters.cli.inspect:inspect",
+    "data list": "llm_adapters.cli.data:list_sets",
+    "data fetch": "llm_adapters.cli.data:fetch",
+    "data check": "llm_adapters.cli.data:check",
+    "chat": "llm_adapters.cli.chat:chat",
+}
+MOVED = {  # options that have become verbs
+    "evaluate --compare": "results compare FIRST SECOND",
+    "evaluate --spread": "results spread FOLDER FOLDER ...",
+    "evaluate --rescore": "results rescore FOLDER",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: the words after the command's name; None for the process's own.
+
+    Returns:
+        The exit code: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # What changes in a coming release of a library is for us to fix, and noise to a user.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        from llm_adapters.cli import parser
+
+        function, values = parser.parse(words, VERBS, MOVED, __version__)
+        function(**values)
+    except (RequestError, WorkError) as error:
+        print(f"llm-adapters: {error}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            return INTERRUPTED
+        return WRONG_REQUEST if isinstance(error, RequestError) else FAILED
+    except KeyboardInterrupt:
+        print("llm-adapters: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away (a pager that was closed)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return DONE

@@ -1,11 +1,31 @@
-"""A conversation in the terminal, one question at a time, with a base model, an adapter or a run."""
+"""`llm-adapters chat`: a conversation in the terminal, with a base model, an adapter or a run."""
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_adapters.tasks.templates import TemplateName
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def chat(
+    model: str = "smollm2-135m",
+    *,
+    adapter: Path | None = None,
+    template: TemplateName | None = None,
+    max_new_tokens: int = 256,
+) -> None:
+    """Talk to a base model, an adapter or a run in the terminal; an empty line or Ctrl-D ends it.
+
+    Args:
+        model: a run folder, a model folder, a short name or a hub id.
+        adapter: an adapter's folder, to go on the model.
+        template: the prompt template; by default the adapter's own, or chat for a bare model that has one.
+        max_new_tokens: the longest answer, in tokens.
+    """
+    talk(model, adapter, template=template, max_new_tokens=max_new_tokens)
 
 
 def talk(model: str, adapter: Path | None, *, template: str | None, max_new_tokens: int) -> None:
@@ -45,7 +65,7 @@ def talk(model: str, adapter: Path | None, *, template: str | None, max_new_toke
             prompt = render_prompt(chosen, question, tokenizer=loaded.tokenizer)
             ids = encode_prompt(loaded.tokenizer, prompt, template=chosen)
             print("model: " if asks else "", end="")
-            shown = _Shown(loaded.tokenizer, prompt if chosen == "paper" else "", chosen)
+            shown = _Shown(loaded.tokenizer, chosen)
             for _, answer in generator.generate([ids], shown.token):
                 shown.end(answer.text)
 
@@ -53,8 +73,8 @@ def talk(model: str, adapter: Path | None, *, template: str | None, max_new_toke
 class _Shown:
     """An answer that appears while it is written; the template says what of the text belongs to the answer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: str, template: str) -> None:
-        self._tokenizer, self._before, self._template = tokenizer, before, template
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
+        self._tokenizer, self._template = tokenizer, template
         self._tokens: list[int] = []
         self._printed = ""
 
@@ -75,4 +95,4 @@ class _Shown:
     def _answer(self, text: str) -> str:
         from llm_adapters.tasks.templates import response_of
 
-        return response_of(self._before + text, self._template)
+        return response_of(text, self._template)

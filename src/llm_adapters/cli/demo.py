@@ -1,21 +1,43 @@
-"""The demo: a real model, a real adapter, unseen word problems; before and after."""
+"""`llm-adapters demo`: a real model, a real adapter, unseen word problems; before and after."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llm_adapters import evaluation, methods, training
-from llm_adapters.cli import plots, tables
-from llm_adapters.files import write_json
-from llm_adapters.training import Recipe
+if TYPE_CHECKING:
+    from llm_adapters.training import Recipe
 
 TASK = "wordproblems"
 EXAMPLES, HELD_OUT = 600, 40
 
 
-def recipe(method: str) -> Recipe:
-    """What the demo trains; the same as recipes/smollm2-wordproblems.yaml but for the method."""
+def demo(*, output: Path | None = None, quick: bool = False, method: str = "lora", json: bool = False) -> None:
+    """Train an adapter on arithmetic word problems and show what it bought, offline and in minutes.
+
+    Args:
+        output: the run folder; demo-run by default, or with a number behind it if that is taken.
+        quick: a tiny random model and a few steps, in seconds, to try the machinery.
+        method: the adapter: lora, series, parallel, ...
+        json: print the result as one JSON document on stdout.
+    """
+    from llm_adapters.cli import tables
+
+    result = run(Path(output) if output else None, quick=quick, method=method)
+    if json:
+        tables.print_json(result)
+    else:
+        show(result, quick=quick)
+
+
+def recipe(method: str) -> "Recipe":
+    """Recipe that the demo trains; the same as recipes/smollm2-wordproblems.yaml but for the method.
+
+    Args:
+        method: the adapter's method.
+    """
+    from llm_adapters.training import Recipe
+
     chosen = Recipe()
     chosen.adapter.method = method
     if method == "lora":
@@ -28,7 +50,7 @@ def recipe(method: str) -> Recipe:
 
 
 def run(output: Path | None, *, quick: bool = False, method: str = "lora") -> dict[str, Any]:
-    """Measure the base model, train an adapter, measure again, and say what came out.
+    """Measure the base model, train an adapter, measure again, and tell the difference.
 
     Args:
         output: the folder for everything; None for demo-run, with a number behind it where that is taken.
@@ -39,8 +61,12 @@ def run(output: Path | None, *, quick: bool = False, method: str = "lora") -> di
         Accuracies before and after, the gain in points, and the paths of run folder and plot.
 
     Raises:
-        RequestError: the method or the model cannot be had; the message says what to install.
+        RequestError: the method or the model is not available; the message says what to install.
     """
+    from llm_adapters import evaluation, methods, training
+    from llm_adapters.cli import plots
+    from llm_adapters.files import write_json
+
     methods.get(method)  # before the base model is measured for nothing
     chosen = recipe(method)
     examples, limit, new_tokens = EXAMPLES, 150, 64
@@ -48,7 +74,7 @@ def run(output: Path | None, *, quick: bool = False, method: str = "lora") -> di
         examples, limit, new_tokens = 32, 4, 8
         chosen.model.name = str(tiny_model())
         chosen.data.limit, chosen.data.validation, chosen.training.max_steps = examples + 8, 8, 4
-    folder = Path(output) if output else _free(Path("demo-run"))
+    folder = output or _free(Path("demo-run"))
     _say(f"1/3  the base model {chosen.model.name} on {limit} word problems that no training template made")
     before = evaluation.evaluate(
         chosen.model.name,
@@ -77,7 +103,14 @@ def run(output: Path | None, *, quick: bool = False, method: str = "lora") -> di
 
 
 def show(result: dict[str, Any], *, quick: bool = False) -> None:
-    """The table before and after, and an honest word about what was trained on what."""
+    """Print the table before and after, and an honest word about what was trained on what.
+
+    Args:
+        result: what `run` returned.
+        quick: the model was tiny and random.
+    """
+    from llm_adapters.cli import tables
+
     rows = []
     for name, key in (("base model", "before"), (f"with the {result['method']} adapter", "after")):
         r = result[key]
@@ -97,7 +130,7 @@ def show(result: dict[str, Any], *, quick: bool = False) -> None:
 
 
 def tiny_model() -> Path:
-    """A folder with a tiny random llama and a tokenizer made from the demo's own text; made once, in the cache."""
+    """Folder with a tiny random llama and a tokenizer made from the demo's own text; made once, in the cache."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
     from transformers.utils import logging as transformers_logging

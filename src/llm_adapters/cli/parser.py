@@ -1,9 +1,9 @@
 """Turns typed functions into a command line: parameters become options, docstrings the help, types the checks."""
 
 import contextlib
+import importlib
 import inspect
 import io
-import re
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,18 +16,18 @@ NAME = "llm-adapters"
 
 
 def parse(
-    words: list[str], verbs: Mapping[str, Verb], positional: Mapping[str, Mapping[str, str | None]], version: str
-) -> tuple[str, dict[str, Any]]:
+    words: list[str], verbs: Mapping[str, str], moved: Mapping[str, str], version: str
+) -> tuple[Verb, dict[str, Any]]:
     """Read the command line.
 
     Args:
         words: what was typed after the command's name.
-        verbs: each verb (one word, or two for a group) and its function.
-        positional: for a verb, its parameters that are given by place, with argparse's `nargs`.
+        verbs: each verb (one word, or two for a group) and its function, as ``"module:function"``.
+        moved: options that have become verbs, each as ``"verb --option"``, with what to type now.
         version: what `--version` prints.
 
     Returns:
-        The verb and the arguments for its function.
+        The verb's function and its arguments.
 
     Raises:
         RequestError: unknown verb or option, or a value of the wrong type; one sentence that names it.
@@ -39,36 +39,60 @@ def parse(
     if words[0] == "--version":
         print(version)
         raise SystemExit(0)
-    verb = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in verbs), None)
-    if verb is None:
-        group = {name: function for name, function in verbs.items() if name.startswith(words[0] + " ")}
-        if group and (len(words) == 1 or words[1] in ("-h", "--help")):
-            print(_overview(group))
-            raise SystemExit(0 if len(words) > 1 else 2)
-        if group:
-            raise unknown(
-                f"verb of {words[0]}", words[1] if len(words) > 1 else "", [name.split()[1] for name in group]
-            )
-        raise unknown("verb", words[0], {name.split()[0] for name in verbs})
-    from llm_adapters.training.recipe import Recipe, load_recipe  # not for the overview, which is to be instant
-
+    verb = _verb(words, verbs)
     rest = words[len(verb.split()) :]
-    hints = typing.get_type_hints(verbs[verb], localns={"Recipe": Recipe})
-    parser = _parser(verb, verbs[verb], hints, positional.get(verb, {}))
-    asked = _parse(parser, rest, verb)
-    parameters = inspect.signature(verbs[verb]).parameters
-    recipe_name = next((name for name, kind in hints.items() if kind is Recipe), None)
-    if recipe_name is None:
-        return verb, {name: _plain(asked[name]) for name in parameters}
-    if asked.recipe_file is not None:
-        # The file's values become the defaults, which the options of the command line then override.
-        parser.set_defaults(_flat(load_recipe(asked.recipe_file).to_dict()))
-        asked = _parse(parser, rest, verb)
-    recipe = load_recipe({section: _plain(asked[section]) for section in Recipe.__dataclass_fields__})
-    return verb, {recipe_name: recipe} | {name: _plain(asked[name]) for name in parameters if name != recipe_name}
+    for word in rest:
+        option = word.partition("=")[0]
+        if new := moved.get(f"{verb} {option}"):
+            raise RequestError(f"{verb} {option} is a verb of its own now: {NAME} {new}")
+    function = load(verbs[verb])
+    return function, _arguments(function, rest, verb)
 
 
-def _parser(verb: str, function: Verb, hints: dict[str, Any], places: Mapping[str, str | None]) -> Any:
+def load(row: str) -> Verb:
+    """Import a verb's function.
+
+    Args:
+        row: ``"module:function"``.
+    """
+    module, _, name = row.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _verb(words: list[str], verbs: Mapping[str, str]) -> str:
+    """Verb that `words` begin with; prints the overview of a group that is named alone."""
+    for count in (2, 1):
+        if (verb := " ".join(words[:count])) in verbs:
+            return verb
+    group = {name: row for name, row in verbs.items() if name.startswith(words[0] + " ")}
+    if not group:
+        raise unknown("verb", words[0], {name.split()[0] for name in verbs})
+    if len(words) == 1 or words[1] in ("-h", "--help"):
+        print(_overview(group))
+        raise SystemExit(0 if len(words) > 1 else 2)
+    raise unknown(f"verb of {words[0]}", words[1], [name.split()[1] for name in group])
+
+
+def _arguments(function: Verb, words: list[str], verb: str) -> dict[str, Any]:
+    """Arguments for `function`; a recipe file's values are the defaults that options override."""
+    recipe = next((name for name, kind in function.__annotations__.items() if kind == "Recipe"), None)
+    parameters = inspect.signature(function).parameters
+    if recipe is None:
+        found = _parse(_parser(verb, function, typing.get_type_hints(function)), words, verb)
+        return {name: _plain(found[name]) for name in parameters}
+    from llm_adapters.training.recipe import Recipe, load_recipe
+
+    parser = _parser(verb, function, typing.get_type_hints(function, localns={"Recipe": Recipe}))
+    found = _parse(parser, words, verb)
+    if found.recipe_file is not None:
+        parser.set_defaults(_flat(load_recipe(found.recipe_file).to_dict()))
+        found = _parse(parser, words, verb)
+    values = load_recipe({section: _plain(found[section]) for section in Recipe.__dataclass_fields__})
+    return {recipe: values} | {name: _plain(found[name]) for name in parameters if name != recipe}
+
+
+def _parser(verb: str, function: Verb, hints: dict[str, Any]) -> Any:
+    """Parser of one verb: keyword-only parameters are options, the others are given by place."""
     from docstring_parser import parse as parse_docstring
     from jsonargparse import ArgumentParser
 
@@ -87,8 +111,8 @@ def _parser(verb: str, function: Verb, hints: dict[str, Any], places: Mapping[st
             parser.add_class_arguments(kind)
         elif kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=text)
-        elif name in places:
-            nargs: dict[str, Any] = {"nargs": places[name]} if places[name] else {}
+        elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            nargs: dict[str, Any] = {"nargs": "+"} if item else {} if required else {"nargs": "?"}
             parser.add_argument(name, type=_no_path(item or kind), **nargs, **options)
         elif item is not None:
             parser.add_argument(*_spellings(name), nargs="+", type=_no_path(item), required=required, **options)
@@ -100,23 +124,13 @@ def _parser(verb: str, function: Verb, hints: dict[str, Any], places: Mapping[st
 def _parse(parser: Any, words: list[str], verb: str) -> Any:
     from argparse import ArgumentError
 
+    from llm_adapters.compat.jsonargparse import readable
+
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the parser prints its whole usage at an error
             return parser.parse_args(words)
     except ArgumentError as error:
-        raise RequestError(f"{_sentence(error)} (see {NAME} {verb} --help)") from None
-
-
-def _sentence(error: Exception) -> str:
-    """The parser's message as one sentence in plain words."""
-    text = " ".join(str(error).split())
-    if union := re.search(r"^(.*?): Does not validate against any of the Union subtypes.*Given value: (.*)$", text):
-        types = [t for t in re.findall(r"<class '(\w+)'>", text.partition("Errors:")[0]) if t != "NoneType"]
-        text = f"{union[1]}: Expected a {' or '.join(dict.fromkeys(types))}. Got value: {union[2]}"
-    text = re.sub(r'^Parser key "([\w.]+)": *', r"\1: ", text)
-    text = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\.", r"choose one of \1.", text)
-    text = re.sub(r"Expected an? (?:<class '(\w+)'>|([^.]+))\.", lambda m: f"a {m[1] or m[2]} is needed.", text)
-    return re.sub(r"\s*Got value: (.*)", r" Got \1", text).rstrip(".")
+        raise RequestError(f"{readable(error)} (see {NAME} {verb} --help)") from None
 
 
 def _item(kind: Any) -> Any:
@@ -146,10 +160,10 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
 
 
-def _overview(verbs: Mapping[str, Verb]) -> str:
+def _overview(verbs: Mapping[str, str]) -> str:
     width = max(map(len, verbs))
     lines = [f"usage: {NAME} VERB ...", ""]
-    for name, function in verbs.items():
-        summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+    for name, row in verbs.items():
+        summary = (inspect.getdoc(load(row)) or "").split("\n\n")[0].replace("\n", " ")
         lines.append(f"  {name:<{width}}  {summary}")
     return "\n".join([*lines, "", f"{NAME} VERB --help shows a verb's options."])

@@ -10,8 +10,8 @@ def loss_plot(log: Sequence[dict[str, Any]], file: Path, title: str) -> Path:
 
     Args:
         log: the lines of log.jsonl.
-        file: where to write the picture (PNG).
-        title: what stands above it.
+        file: the PNG file to write.
+        title: printed above it.
 
     Returns:
         `file`.

@@ -1,5 +1,6 @@
-"""What the command line shows a person: tables on stdout."""
+"""Output on stdout: tables for a person, one JSON document for a program."""
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,23 @@ if TYPE_CHECKING:
     from llm_adapters.training import Run
 
 
+def print_json(document: dict[str, Any]) -> None:
+    """Print a result for a program.
+
+    Args:
+        document: what `--json` promises.
+    """
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print one table; the first column is text, the others are numbers."""
+    """Print one table; the first column is text, the others are numbers.
+
+    Args:
+        title: printed above the table.
+        columns: their heads.
+        rows: as many cells each as there are columns.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -36,7 +52,7 @@ def size(count: float) -> str:
 
 
 def show_run(run: "Run") -> None:
-    """What a training run was and where it lies."""
+    """Print what a training run was, and its folder."""
     m = run.manifest
     adapter, data = m["adapter"], m["data"]
     share = 100 * adapter["trainable_parameters"] / adapter["all_parameters"]
@@ -55,7 +71,7 @@ def show_run(run: "Run") -> None:
 
 
 def show_evaluation(evaluation: "Evaluation") -> None:
-    """The scores of every task."""
+    """Print the scores of every task."""
     about = evaluation.about
     rows = [
         (
@@ -79,7 +95,7 @@ def show_evaluation(evaluation: "Evaluation") -> None:
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:
-    """Two evaluations side by side, with the exact McNemar test."""
+    """Print two evaluations side by side, with the exact McNemar test."""
     rows = []
     for name, task in comparison.items():
         c = task.to_dict()
@@ -92,7 +108,7 @@ def show_comparison(comparison: dict[str, Any]) -> None:
 
 
 def show_inspection(found: "Inspection") -> None:
-    """Where adapters would go and what they would cost."""
+    """Print the places and the costs of adapters."""
     rows = [
         ("family", f"{found.family}{' (found by structure, it has no row)' if found.discovered else ''}"),
         ("layers x width", f"{found.layers} x {found.hidden_size}"),
@@ -109,7 +125,7 @@ def show_inspection(found: "Inspection") -> None:
 
 
 def show_catalogue(rows: Sequence[dict[str, Any]]) -> None:
-    """The data sets that can be named."""
+    """Print the data sets that can be named."""
     shown = [
         (r["name"], r["split"], r["kind"], f"{r['size']:,}" if r["size"] else "?", r["here"], r["licence"])
         for r in rows
@@ -118,12 +134,12 @@ def show_catalogue(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def show_fetched(fetched: "Sequence[Fetched]") -> None:
-    """What became of each data set."""
+    """Print what became of each data set."""
     show("data sets", ("name", "", "where"), [(f.name, f.status, str(f.path or "")) for f in fetched])
 
 
 def show_spread(found: "dict[str, Spread]") -> None:
-    """Mean and spread of the accuracy over several seeds."""
+    """Print mean and spread of the accuracy over several seeds."""
     rows = []
     for name, s in found.items():
         deviation = f"{100 * s.deviation:.1f}" if s.deviation is not None else ""
@@ -133,7 +149,7 @@ def show_spread(found: "dict[str, Spread]") -> None:
 
 
 def show_contamination(train: str, report: dict[str, dict[str, Any]], repeated: dict[str, dict[str, int]]) -> None:
-    """Which test questions occur in the training data, with examples, and which in the test sets themselves."""
+    """Print the test questions that occur in the training data, with examples, and those that test sets repeat."""
     rows = [(name, str(r["total"]), str(r["exact"]), str(r["near"])) for name, r in report.items()]
     show(f"test questions that occur in {train}", ("task", "questions", "exact", "near"), rows)
     for name, count in repeated["within"].items():

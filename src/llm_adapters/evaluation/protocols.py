@@ -6,8 +6,10 @@ Scores of different protocols cannot be compared: the name of the protocol belon
 from dataclasses import dataclass
 
 from llm_adapters.errors import RequestError, unknown
+from llm_adapters.tasks.answers import ProtocolName
+from llm_adapters.tasks.templates import TemplateName
 
-DEFAULT_TEMPLATE = "alpaca"
+DEFAULT_TEMPLATE: TemplateName = "alpaca"
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -15,21 +17,34 @@ DEFAULT_NEW_TOKENS = 256
 class Protocol:
     """A way to measure. None leaves a choice open: to the adapter (`template`) or to the caller (`max_new_tokens`).
 
-    `extraction` is the protocol of `llm_adapters.tasks.answers` that reads the answer. `changes` says in words how it
-    differs from the default one, and stands in every summary.
+    Attributes:
+        name: as on the command line.
+        extraction: the protocol of `llm_adapters.tasks.answers` that reads the answer.
+        num_beams: 1 is greedy decoding.
+        template: the prompt template, whose stop ends a response too.
+        max_new_tokens: the longest answer, in tokens.
+        changes: its differences from the default protocol in words, for every summary.
     """
 
     name: str
-    extraction: str
+    extraction: ProtocolName
     num_beams: int = 1
-    template: str | None = None
+    template: TemplateName | None = None
     max_new_tokens: int | None = None
     changes: str = ""
 
     def resolve(self, template: str | None, max_new_tokens: int | None) -> tuple[str | None, int]:
-        """The template (None: the adapter's) and the limit to use where the caller asked for these.
+        """Template and limit to use where the caller asked for these.
 
-        Raises `RequestError` where the protocol fixes what the caller asked to be otherwise.
+        Args:
+            template: a template, or None for no wish.
+            max_new_tokens: a limit, or None for no wish.
+
+        Returns:
+            The template, None for the adapter's own; and the limit.
+
+        Raises:
+            RequestError: the protocol fixes what the caller wanted to be otherwise.
         """
         for name, asked, fixed in (
             ("template", template, self.template),
@@ -62,7 +77,14 @@ PROTOCOLS = {
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol called `name`; `RequestError` for an unknown one."""
+    """Row of the protocol called `name`.
+
+    Args:
+        name: one of `PROTOCOLS`.
+
+    Raises:
+        RequestError: there is no such protocol.
+    """
     if name not in PROTOCOLS:
         raise unknown("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]

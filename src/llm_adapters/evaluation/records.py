@@ -8,19 +8,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_adapters.errors import RequestError
+from llm_adapters.evaluation.protocols import Protocol
 from llm_adapters.files import write_text
 from llm_adapters.tasks.answers import extract, is_correct
-from llm_adapters.tasks.templates import response_of
+from llm_adapters.tasks.templates import get_template
+
+
+def score(output: str, label: str, kind: str, *, template: str, protocol: Protocol) -> tuple[float | str | None, bool]:
+    """Answer in what was generated after a prompt, and its comparison with the gold label.
+
+    This is the one place where an output is scored. A protocol that fixes a template reads a response to that
+    template's stop, whatever template the prompt had.
+
+    Args:
+        output: all that was generated.
+        label: the gold answer, as the data writes it.
+        kind: the kind of answer.
+        template: the template of the prompt.
+        protocol: says how the answer is read.
+
+    Returns:
+        The answer (None where there is none), and True where it is the right one.
+    """
+    stop = get_template(protocol.template or template).stop
+    answer = extract(output, kind, protocol.extraction, stop)
+    return answer, is_correct(answer, label, kind)
 
 
 @dataclass(frozen=True)
 class Record:
     """One question and what became of it.
 
-    `index` is its place in the test set. `output` is all that was generated after `prompt`, `extracted` the answer read
-    from it (None: no answer). `finished` says that the model ended it within the limit, `tokens` how many it generated.
-    `skipped`: the prompt was too long for the model, and nothing was generated. `seen`: the question is in the
-    adapter's training data.
+    Attributes:
+        index: the question's position in the test set.
+        question: the question.
+        prompt: what the model was given.
+        output: all that was generated after it.
+        extracted: the answer read from the output; None where it holds none.
+        label: the gold answer.
+        correct: the answer is the right one.
+        finished: the model ended its output within the limit.
+        tokens: number of generated tokens.
+        skipped: the prompt was too long for the model, and nothing was generated.
+        seen: the question is in the adapter's training data.
     """
 
     index: int
@@ -35,32 +65,37 @@ class Record:
     skipped: bool = False
     seen: bool = False
 
-    def rescored(self, kind: str, template: str, extraction: str) -> "Record":
-        """The same output, read under another rule (see `read_answer`)."""
-        extracted = None if self.skipped else read_answer(self.output, kind, template, extraction)
-        return dataclasses.replace(self, extracted=extracted, correct=is_correct(extracted, self.label, kind))
+    def rescored(self, kind: str, *, template: str, protocol: Protocol) -> "Record":
+        """Same output, scored again.
 
-
-def read_answer(output: str, kind: str, template: str, extraction: str) -> float | str | None:
-    """The answer of `kind` in what was generated after a prompt of `template`; None where there is none.
-
-    `extraction` is a protocol of `llm_adapters.tasks.answers`. The paper's code reads the text between the first
-    ``### Response:``, with which its prompt ends, and the next, whatever else runs on.
-    """
-    if "paper" in (template, extraction):
-        response = response_of(f"### Response:{output}", "paper")
-    else:
-        response = response_of(output, template)
-    return extract(response, kind, extraction)
+        Args:
+            kind: the kind of answer.
+            template: the template of the prompt.
+            protocol: says how the answer is read.
+        """
+        extracted, correct = score(self.output, self.label, kind, template=template, protocol=protocol)
+        return dataclasses.replace(self, extracted=extracted, correct=correct)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a JSON line per record, atomically."""
+    """Write a JSON line per record, atomically.
+
+    Args:
+        path: the file; a file of this name is replaced.
+        records: in the order of the lines.
+    """
     write_text(path, "".join(_line(record) for record in records))
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records in `path`; `RequestError` names file and line of what is not one."""
+    """Read what `write_records` wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        RequestError: names the file, and the line of what is no record.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,32 +111,38 @@ def read_records(path: Path) -> list[Record]:
 
 
 class Journal:
-    """The records of an evaluation under way, on disk as they come: an interrupted one goes on where it stopped.
+    """Records of an unfinished evaluation, on disk as they come: an interrupted one goes on where it stopped.
 
-    `settings` is a fingerprint of everything that decides an answer: records of other settings are not taken up.
-    Without a `path` nothing is kept.
+    Args:
+        path: the file; None keeps nothing.
+        settings: a fingerprint of everything that decides an answer. Records of other settings are not resumed.
     """
 
     def __init__(self, path: Path | None, settings: str):
         self.path, self.settings = path, settings
 
     def resume(self) -> list[tuple[Record, float]]:
-        """The records of an earlier attempt with these settings, each with the seconds that it took."""
+        """Records of an earlier attempt with these settings, each with the seconds that it took."""
         found = self._read()
         if self.path:
-            # Written anew: a line that broke off in the middle must not stand before the next one.
+            # Written again: a line that broke off in the middle must not come before the next one.
             header = json.dumps({"settings": self.settings}) + "\n"
             write_text(self.path, header + "".join(_line(record, seconds) for record, seconds in found))
         return found
 
     def add(self, record: Record, seconds: float) -> None:
-        """Keep one more record; the file is complete up to it when this returns."""
+        """Keep one more record; the file is complete up to it when this returns.
+
+        Args:
+            record: the record.
+            seconds: what it took to generate its output.
+        """
         if self.path:
             with self.path.open("a", encoding="utf-8", newline="") as stream:
                 stream.write(_line(record, seconds))
 
     def remove(self) -> None:
-        """The evaluation is complete and its records are written: the journal has done its work."""
+        """Delete the file: the evaluation is complete and its records are written."""
         if self.path:
             self.path.unlink(missing_ok=True)
 

@@ -160,7 +160,7 @@ def rescore(folder: Path, protocol: str) -> Evaluation:
     template = old.about["template"]["name"]
     tasks, records = {}, {}
     for name, result in old.tasks.items():
-        records[name] = [record.rescored(result.kind, template, rule.extraction) for record in old.records[name]]
+        records[name] = [record.rescored(result.kind, template=template, protocol=rule) for record in old.records[name]]
         score = summarise(records[name], result.kind, leakage_known=result.seen is not None)
         tasks[name] = dataclasses.replace(score, seconds=result.seconds, batch_size=result.batch_size)
     about = old.about | {

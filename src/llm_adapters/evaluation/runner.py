@@ -17,13 +17,14 @@ from llm_adapters.checkpoints import read_json
 from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
-from llm_adapters.evaluation.records import Journal, Record
+from llm_adapters.evaluation.records import Journal, Record, score
 from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, load
 from llm_adapters.tasks import leakage
-from llm_adapters.tasks.catalog import Example, Task, get, load_task
-from llm_adapters.tasks.templates import TEMPLATES, encode_prompt, render_prompt
+from llm_adapters.tasks.catalog import get, load_task
+from llm_adapters.tasks.examples import Example, Task
+from llm_adapters.tasks.templates import encode_prompt, get_template, render_prompt
 
 SEEN_WARNING = 0.01  # the share of questions in the training data above which a score is called into question
 
@@ -63,8 +64,8 @@ def evaluate(
     """
     rule = get_protocol(protocol)
     asked, new_tokens = rule.resolve(template, max_new_tokens)
-    if asked is not None and asked not in TEMPLATES:
-        render_prompt(asked, "")  # raises, with the list of templates
+    if asked is not None:
+        get_template(asked)
     for what, value, least in (
         ("max_new_tokens", new_tokens, 1),
         ("batch_size", batch_size, 1),
@@ -95,8 +96,8 @@ def evaluate(
             journal = Journal(folder and folder / f".{task.name}.partial.jsonl", _digest(about, task, batch_size))
             journals.append(journal)
             records[task.name], costs = _measure(generator, task, settings, journal, bar)
-            score = summarise(records[task.name], task.kind, leakage_known=trained_on is not None)
-            results[task.name] = dataclasses.replace(score, **costs)
+            scored = summarise(records[task.name], task.kind, leakage_known=trained_on is not None)
+            results[task.name] = dataclasses.replace(scored, **costs)
     if check_invariance:
         with _generator(_in_float32(loaded), dataclasses.replace(settings, batch_size=1)) as alone:
             for task in work:
@@ -163,8 +164,7 @@ def _template(asked: str | None, rule: Protocol, loaded: LoadedModel) -> tuple[s
     if asked is not None:
         return asked, f"protocol {rule.name}" if rule.template else "asked for"
     if loaded.template is not None:
-        if loaded.template not in TEMPLATES:
-            render_prompt(loaded.template, "")  # raises, with the list of templates
+        get_template(loaded.template)
         return loaded.template, "the adapter's own"
     return DEFAULT_TEMPLATE, "default, as the adapter names none" if loaded.adapter else "default for a bare model"
 
@@ -259,7 +259,7 @@ def _measure(
         if question and kept.prompt == question.prompt:
             # How it is judged may have changed since; what the model wrote has not.
             record = dataclasses.replace(kept, label=question.example.answer, seen=question.seen)
-            done[kept.index] = record.rescored(task.kind, settings.template, settings.protocol.extraction)
+            done[kept.index] = record.rescored(task.kind, template=settings.template, protocol=settings.protocol)
             total_seconds += seconds
             bar.question(done[kept.index].correct, kept.tokens, 0.0)
     todo = [question for question in task.questions if question.index not in done]
@@ -281,20 +281,21 @@ def _ask(
 
 
 def _record(task: _Work, question: _Question, answer: generation.Generation, settings: _Settings) -> Record:
-    raw = Record(
+    label = question.example.answer
+    extracted, correct = score(answer.text, label, task.kind, template=settings.template, protocol=settings.protocol)
+    return Record(
         index=question.index,
         question=question.example.question,
         prompt=question.prompt,
         output=answer.text,
-        extracted=None,
-        label=question.example.answer,
-        correct=False,
+        extracted=extracted,
+        label=label,
+        correct=correct,
         finished=answer.finished,
         tokens=answer.computed,
         skipped=answer.skipped,
         seen=question.seen,
     )
-    return raw.rescored(task.kind, settings.template, settings.protocol.extraction)
 
 
 # --- after: is the number to be trusted?

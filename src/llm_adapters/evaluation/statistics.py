@@ -1,4 +1,4 @@
-"""How sure a score is: the interval of one, the paired test of two, the spread of several. Pure functions."""
+"""Certainty of scores: the interval of one, the paired test of two, the spread of several. Pure functions."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,21 @@ from llm_adapters.errors import RequestError
 
 
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a proportion, as (low, high) within 0 to 1 (Wilson 1927; no continuity correction).
+    """Score interval of a proportion (Wilson 1927; no continuity correction).
 
     With p = correct / total and z the normal quantile, the p' for which |p - p'| <= z sqrt(p'(1 - p') / total). Unlike
-    p ± z·sqrt(p(1 - p)/n) it holds its level for few questions and near 0 and 1. No questions give (0, 1).
+    p ± z·sqrt(p(1 - p)/n) it holds its level for few questions and near 0 and 1.
 
-    Raises ValueError unless ``0 <= correct <= total`` and ``0 < confidence < 1``.
+    Args:
+        correct: questions that were right.
+        total: all questions.
+        confidence: the level, 0.95 for a 95 % interval.
+
+    Returns:
+        The interval's two ends, within 0 to 1; (0, 1) for no questions.
+
+    Raises:
+        ValueError: unless ``0 <= correct <= total`` and ``0 < confidence < 1``.
     """
     if not 0 <= correct <= total:
         raise ValueError(f"{correct} of {total} is not a proportion")
@@ -31,13 +40,17 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, f
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p-value of McNemar's test (McNemar 1947), 0 to 1.
+    """Exact two-sided p-value of McNemar's test (McNemar 1947), 0 to 1.
 
-    `only_first` questions were right in the first measurement alone and `only_second` in the second alone. If neither
-    is better, each such question falls on either side with probability one half: p = 2 P(X <= min) for X ~ B(n, 1/2),
-    at most 1. Nothing is approximated, so few questions are no problem.
+    If neither measurement is better, each question that only one got right falls on either side with probability one
+    half: p = 2 P(X <= min) for X ~ B(n, 1/2), at most 1. Nothing is approximated, so few questions are no problem.
 
-    Raises ValueError for negative counts.
+    Args:
+        only_first: questions that were right in the first measurement alone.
+        only_second: questions that were right in the second alone.
+
+    Raises:
+        ValueError: a negative count.
     """
     if min(only_first, only_second) < 0:
         raise ValueError(f"counts cannot be negative: {only_first}, {only_second}")
@@ -51,10 +64,14 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two measurements of the same `total` questions.
+    """Two measurements of the same questions.
 
-    `first` and `second` are their accuracies. Only the second got `gained` questions right, only the first `lost` ones;
-    `p_value` is McNemar's for these two counts.
+    Attributes:
+        total: the number of questions.
+        first: accuracy of the first measurement.
+        second: accuracy of the second.
+        gained: questions that only the second got right.
+        lost: questions that only the first got right.
     """
 
     total: int
@@ -70,18 +87,23 @@ class Comparison:
 
     @property
     def p_value(self) -> float:
-        """The exact two-sided p-value of McNemar's test."""
+        """Exact two-sided p-value of McNemar's test."""
         return mcnemar(self.lost, self.gained)
 
     def to_dict(self) -> dict[str, object]:
-        """As a JSON document."""
+        """JSON document."""
         return asdict(self) | {"difference": self.difference, "p_value": self.p_value}
 
 
 def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
-    """Compare two measurements question by question: `first[i]` and `second[i]` say whether question i was right.
+    """Compare two measurements question by question.
 
-    Raises `RequestError` where they are not of the same length, or empty.
+    Args:
+        first: for each question, True where the first measurement got it right.
+        second: the same of the second.
+
+    Raises:
+        RequestError: they are not of the same length, or empty.
     """
     if len(first) != len(second) or not first:
         raise RequestError(f"only the same questions can be compared: {len(first)} here, {len(second)} there.")
@@ -97,7 +119,15 @@ def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing; `deviation` is the sample's standard deviation, None for a single one."""
+    """Several measurements of one thing.
+
+    Attributes:
+        count: how many there are.
+        mean: their mean.
+        deviation: the sample's standard deviation, None for a single one.
+        least: the lowest.
+        most: the highest.
+    """
 
     count: int
     mean: float
@@ -107,7 +137,14 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and spread of the same measurement with several seeds; `RequestError` where there are none."""
+    """Mean and spread of one measurement with several seeds.
+
+    Args:
+        values: the measurement with each seed.
+
+    Raises:
+        RequestError: there are no values.
+    """
     if not values:
         raise RequestError("no values to take the mean of.")
     deviation = stdev(values) if len(values) > 1 else None

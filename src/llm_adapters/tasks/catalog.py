@@ -6,54 +6,18 @@ import os
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.tasks import download, wordproblems
-from llm_adapters.tasks.examples import FIELDS, FORMATS, Example, load_file
-
-__all__ = ["CATALOG", "KINDS", "Example", "Task", "get", "load_file", "load_task", "load_training_data"]
+from llm_adapters.tasks.answers import KINDS
+from llm_adapters.tasks.examples import FIELDS, FORMATS, Example, Task, load_file
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("number", "letter", "option", "boolean", "text")
 SPLITS = ("test", "train")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One data set: where its bytes come from, which column is what, and how its answers are judged.
-
-    A row comes from `url` (then `blob` pins its bytes and `local` is its place in mirror and cache), from a person's
-    own `file`, or from neither: then the code generates it. `kind` says what an answer is; ``"text"`` is any other
-    text, or no one kind. `columns` maps the fields of `Example` to the file's names. `size` counts
-    examples; None where that is not known.
-    """
-
-    name: str
-    title: str
-    kind: str
-    split: str = "test"
-    size: int | None = None
-    repository: str = ""
-    commit: str = ""
-    path: str = ""
-    blob: str = ""
-    url: str = ""
-    local: str = ""
-    file: str = ""
-    columns: Mapping[str, str | None] = field(default_factory=dict)
-    format: str = "plain"
-    licence: str = ""
-    description: str = ""
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the code itself holds the data."""
-        return not (self.url or self.file)
 
 
 _TEST = {"question": "instruction", "input": "input", "response": None, "answer": "answer"}  # `output` is not gold
@@ -172,9 +136,13 @@ CATALOG: Mapping[str, Task] = MappingProxyType({task.name: task for task in _row
 
 
 def get(name: str | os.PathLike[str]) -> Task:
-    """The task called `name` in the catalogue, or the one that the YAML file of that path describes.
+    """Find a task in the catalogue, or read the YAML file that describes one.
 
-    Raises `RequestError` for an unknown name and for a YAML file that does not describe a task.
+    Args:
+        name: a name of the catalogue, or the path of a YAML file.
+
+    Raises:
+        RequestError: an unknown name, or a YAML file that does not describe a task.
     """
     if task := CATALOG.get(str(name)):
         return task
@@ -184,12 +152,19 @@ def get(name: str | os.PathLike[str]) -> Task:
 
 
 def load_task(name: str | os.PathLike[str], *, limit: int | None = None, seed: int | None = None) -> list[Example]:
-    """The questions of a task with their gold answers, in file order; none has a response.
+    """Read the questions of a task with their gold answers.
 
-    `limit` keeps the first so many; with a `seed` they are shuffled before. `name` as `get` takes it.
+    Args:
+        name: as for `get`.
+        limit: keep the first so many.
+        seed: shuffle before that; None keeps the order of the file.
 
-    Raises `RequestError` for a task without gold answers and for a `limit` below 1; `WorkError` where the data cannot
-    be had or its bytes are wrong.
+    Returns:
+        The examples, without responses.
+
+    Raises:
+        RequestError: an unknown task, one without gold answers, or a `limit` below 1.
+        WorkError: the data is not available, or its bytes are wrong.
     """
     task = get(name)
     _check_limit(limit)
@@ -209,13 +184,21 @@ def load_training_data(
     limit: int | None = None,
     questions_only: bool = False,
 ) -> list[Example]:
-    """The examples of a training set of the catalogue, of a task YAML with ``split: train``, or of a person's own file.
+    """Read a training set of the catalogue, of a task YAML with ``split: train``, or of a person's own file.
 
-    `columns` is for a person's own file, as `load_file` takes it. A row without a response is an error there; in a set
-    of the catalogue it is left out and the number of such rows is logged. `questions_only` keeps every row and asks for
-    no response: for comparing questions, not for training; test sets are allowed then. `limit` keeps the first so many.
+    A row without a response is an error in a person's own file; in a set of the catalogue it is left out, and the
+    number of such rows is logged.
 
-    Raises `RequestError` for an unknown name, a test set, a file that cannot be read, and a `limit` below 1.
+    Args:
+        name_or_path: a name of the catalogue, or the path of a YAML or data file.
+        columns: for a person's own file, as `load_file` takes it.
+        limit: keep the first so many.
+        questions_only: keep every row and need no response, to compare questions and not to train; test sets are
+            allowed then.
+
+    Raises:
+        RequestError: an unknown name, a test set, a file that cannot be read, or a `limit` below 1.
+        WorkError: the data is not available, or its bytes are wrong.
     """
     _check_limit(limit)
     required = set() if questions_only else {"response"}
@@ -252,7 +235,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _read_task(path: Path) -> Task:
-    """The task that a YAML file describes; its `file` is relative to the YAML's folder."""
+    """Task that a YAML file describes; its `file` is relative to the YAML's folder."""
     import yaml
 
     try:

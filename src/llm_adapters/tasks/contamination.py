@@ -1,4 +1,4 @@
-"""Does a training set hold the questions of a test set?"""
+"""Test questions that occur in a training set, and those that test sets repeat."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,10 @@ def check(train: str, against: Sequence[str], columns: Mapping[str, str] | None 
 
     Raises:
         RequestError: an unknown name, or a file that cannot be read.
-        WorkError: a data set that cannot be had.
+        WorkError: a data set that is not available.
     """
+    for name in against:
+        catalog.get(name)  # an unknown name is told before a training set is downloaded
     training = catalog.load_training_data(train, columns, questions_only=True)
     tests = {name: _questions(name) for name in against}
     found = leakage.overlaps([example.question for example in training], tests)
@@ -29,14 +31,18 @@ def check(train: str, against: Sequence[str], columns: Mapping[str, str] | None 
 
 
 def duplicates(tasks: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Questions (after normalisation) that stand twice inside a test set, and those that two test sets share.
+    """Count the questions (after normalisation) that a test set repeats, and those that two test sets share.
 
     Args:
         tasks: test sets of the catalogue, or task files.
 
     Returns:
         ``within``: for each set with any, how many of its questions repeat an earlier one. ``across``: for each pair
-        with any (``"addsub & singleeq"``), how many distinct questions stand in both.
+        with any (``"addsub & singleeq"``), how many distinct questions are in both.
+
+    Raises:
+        RequestError: an unknown name.
+        WorkError: a data set that is not available.
     """
     questions = {name: [leakage.normalise(question) for question in _questions(name)] for name in tasks}
     within = {name: len(texts) - len(set(texts)) for name, texts in questions.items()}

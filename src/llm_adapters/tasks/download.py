@@ -1,4 +1,4 @@
-"""Where a data set's file lies: in the mirror, in the cache, or at its address; checked on every read.
+"""Files of data sets: from the mirror, the cache, or their address; checked on every read.
 
 A git blob id, ``sha1("blob <size>\\0" + bytes)``, stands for a file's exact bytes, and a git repository gives one for
 each of its files.
@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING
 
 from llm_adapters.errors import RequestError, WorkError
 from llm_adapters.files import atomic, cache_folder
+from llm_adapters.tasks.examples import Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from llm_adapters.tasks.catalog import Task
 
 MIRROR = "LLM_ADAPTERS_MIRROR"
 
 
 def mirror_folder() -> Path | None:
-    """The folder that ``LLM_ADAPTERS_MIRROR`` names, or None where it is not set."""
+    """Folder that ``LLM_ADAPTERS_MIRROR`` names, or None where it is not set.
+
+    Raises:
+        RequestError: the variable names no folder.
+    """
     named = os.environ.get(MIRROR)
     if not named:
         return None
@@ -37,12 +40,28 @@ def mirror_folder() -> Path | None:
 
 
 def blob_id(data: bytes) -> str:
-    """The git blob id of `data`, as ``git hash-object`` prints it (40 hexadecimal digits)."""
+    """Git blob id of some bytes, as ``git hash-object`` prints it (40 hexadecimal digits).
+
+    Args:
+        data: all bytes of a file.
+    """
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def verify(task: "Task", file: Path, remedy: str) -> Path:
-    """`file`, if its bytes are the ones the catalogue pins; else a `WorkError` that ends in `remedy`."""
+def verify(task: Task, file: Path, remedy: str) -> Path:
+    """Compare a file with the blob id that the task pins.
+
+    Args:
+        task: the data set.
+        file: its file.
+        remedy: the end of the error's message, which says what to do.
+
+    Returns:
+        `file`.
+
+    Raises:
+        WorkError: the bytes are other ones.
+    """
     if task.blob and (found := blob_id(file.read_bytes())) != task.blob:
         raise WorkError(
             f"{file} does not hold what {task.name!r} should: git blob id {task.blob} expected, {found} found. {remedy}"
@@ -50,8 +69,19 @@ def verify(task: "Task", file: Path, remedy: str) -> Path:
     return file
 
 
-def present(task: "Task") -> Path | None:
-    """The verified file of `task` where it needs no download, else None; `WorkError` where its bytes are wrong."""
+def present(task: Task) -> Path | None:
+    """Find the file of a task that needs no download, and verify it.
+
+    Args:
+        task: the data set.
+
+    Returns:
+        The person's own file, or that of mirror or cache; None where there is none.
+
+    Raises:
+        RequestError: a person's own file does not exist.
+        WorkError: its bytes are wrong.
+    """
     if task.file:
         if not Path(task.file).is_file():
             raise RequestError(f"the file {task.file!r} of task {task.name!r} does not exist. Correct its `file`.")
@@ -65,12 +95,16 @@ def present(task: "Task") -> Path | None:
     return None
 
 
-def locate(task: "Task") -> Path:
-    """The file of `task`: from the mirror, else from the cache, else downloaded into the cache.
+def locate(task: Task) -> Path:
+    """Find the file of a task in the mirror, else in the cache, else download it into the cache.
 
     Its bytes are compared with the catalogue's git blob id on every call.
 
-    Raises `WorkError` where the bytes are wrong or the download fails, and says what to do.
+    Args:
+        task: the data set.
+
+    Raises:
+        WorkError: the bytes are wrong or the download failed; the message says what to do.
     """
     if file := present(task):
         return file
@@ -78,10 +112,20 @@ def locate(task: "Task") -> Path:
         return download(task, _Bar(display, task.name))
 
 
-def download(task: "Task", bar: "_Bar | None" = None) -> Path:
-    """Fetch the file of `task` into the cache, replacing what lies there.
+def download(task: Task, bar: "_Bar | None" = None) -> Path:
+    """Fetch the file of a task into the cache, replacing what is there.
 
     The file appears under its name only once it is complete and its bytes are the right ones.
+
+    Args:
+        task: the data set.
+        bar: shows the progress.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        WorkError: the download failed, its bytes are wrong, or the cache cannot be written.
     """
     import pooch
     import requests
@@ -114,7 +158,7 @@ def download(task: "Task", bar: "_Bar | None" = None) -> Path:
 
 
 def _short(error: Exception) -> str:
-    """The innermost reason in one line: the outer layers of a connection error repeat the address."""
+    """Innermost reason in one line: the outer layers of a connection error repeat the address."""
     while (inner := error.__cause__ or error.__context__) is not None and isinstance(inner, Exception):
         error = inner
     return str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -122,7 +166,14 @@ def _short(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of one data set: `status` is ``"present"``, ``"fetched"``, ``"embedded"`` or ``"failed"``."""
+    """Outcome of fetching one data set.
+
+    Attributes:
+        name: the data set.
+        status: ``"present"``, ``"fetched"``, ``"embedded"`` or ``"failed"``.
+        path: its file; None where there is none.
+        reason: the error's message of a failed one.
+    """
 
     name: str
     status: str
@@ -130,15 +181,20 @@ class Fetched:
     reason: str = ""
 
 
-def fetch(tasks: Iterable["Task"], *, progress: bool = False, threads: int = 4) -> list[Fetched]:
-    """Bring every data set of `tasks` onto this machine, `threads` at a time; those complete already are left alone.
+def fetch(tasks: Iterable[Task], *, progress: bool = False, threads: int = 4) -> list[Fetched]:
+    """Bring data sets onto this machine; those complete already are left alone.
 
     A damaged file in the cache is replaced. One failure does not stop the others: look at each `Fetched.status` and
-    `Fetched.reason`. `progress` shows a bar for each download on stderr.
+    `Fetched.reason`.
+
+    Args:
+        tasks: the data sets.
+        progress: show a bar for each download on stderr.
+        threads: downloads at a time.
     """
     display = _display(progress)
 
-    def one(task: "Task") -> Fetched:
+    def one(task: Task) -> Fetched:
         if task.embedded:
             return Fetched(task.name, "embedded")
         try:
@@ -152,7 +208,7 @@ def fetch(tasks: Iterable["Task"], *, progress: bool = False, threads: int = 4) 
         return list(pool.map(one, tasks))
 
 
-def _present_or_replaceable(task: "Task") -> Path | None:
+def _present_or_replaceable(task: Task) -> Path | None:
     """As `present`, but a damaged file in the cache counts as absent: a person's own files are not ours to replace."""
     mirror = mirror_folder()
     try:
@@ -180,7 +236,7 @@ class _Bar:
 
     @property
     def total(self) -> float | None:
-        """The size in bytes; pooch sets it when the answer's head is there."""
+        """Size in bytes; pooch sets it when the answer's head is there."""
         return self._display.tasks[self._line].total
 
     @total.setter

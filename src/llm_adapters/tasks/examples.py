@@ -1,6 +1,7 @@
-"""What an example is, and how examples are read from a person's own file (.json, .jsonl, .csv or .parquet)."""
+"""Examples and tasks, and the reader of data files (.json, .jsonl, .csv or .parquet)."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -21,21 +22,72 @@ DEFAULT_COLUMNS = {
 }
 FORMATS = ("plain", "gsm8k")
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("line 3"), and its columns
+Row = tuple[str, dict[str, Any]]  # its position ("line 3"), and its columns
 
 
 @dataclass(frozen=True)
 class Example:
     """One question, in the words of the data; the prompt renderer trims what needs trimming.
 
-    `input` is an optional text that the question is about. `response` is the text to train on, empty in test sets.
-    `answer` is the gold label as the data writes it (``"15.0"``, ``"B"``, ``"solution1"``), empty where there is none.
+    Attributes:
+        question: what is asked.
+        input: a text that the question is about, empty for none.
+        response: the text to train on, empty in test sets.
+        answer: the gold label as the data writes it (``"15.0"``, ``"B"``, ``"solution1"``), empty for none.
     """
 
     question: str
     input: str = ""
     response: str = ""
     answer: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set: the source of its bytes, the meaning of its columns, and the kind of its answers.
+
+    A row comes from `url`, from a person's own `file`, or from neither: then the code generates it.
+
+    Attributes:
+        name: as on the command line.
+        title: as in a table's head.
+        kind: what an answer is (`llm_adapters.tasks.answers.KINDS`); ``"text"`` is any other text, or no one kind.
+        split: ``"test"`` or ``"train"``.
+        size: number of examples; None where that is not known.
+        repository: the repository of `url`, as ``owner/name``.
+        commit: the commit at which it is pinned.
+        path: the file's path in it.
+        blob: the git blob id of the file's bytes.
+        url: the address of the file.
+        local: its place in mirror and cache.
+        file: a person's own file.
+        columns: maps the fields of `Example` to the file's names.
+        format: one of `FORMATS`.
+        licence: the licence of the data.
+        description: one line on what is in it.
+    """
+
+    name: str
+    title: str
+    kind: str
+    split: str = "test"
+    size: int | None = None
+    repository: str = ""
+    commit: str = ""
+    path: str = ""
+    blob: str = ""
+    url: str = ""
+    local: str = ""
+    file: str = ""
+    columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    format: str = "plain"
+    licence: str = ""
+    description: str = ""
+
+    @property
+    def embedded(self) -> bool:
+        """True where the code itself holds the data."""
+        return not (self.url or self.file)
 
 
 def load_file(
@@ -47,15 +99,18 @@ def load_file(
 ) -> list[Example]:
     """Read the examples of a .json (a list of objects), .jsonl, .csv or .parquet file, in file order.
 
-    `columns` maps ``question``, ``input``, ``response`` and ``answer`` to the file's names for them; None leaves a
-    field out. A field not in the map is looked for under its usual names: question or instruction or prompt; input;
-    response or output or completion or answer; answer or label.
+    Args:
+        path: the file.
+        columns: maps ``question``, ``input``, ``response`` and ``answer`` to the file's names for them; None leaves a
+            field out. A field not in the map is looked for under its usual names: question or instruction or prompt;
+            input; response or output or completion or answer; answer or label.
+        required: the fields that must not be empty in any row, beside the question.
+        format: ``"gsm8k"`` where the answer column is written as GSM8K's is: worked steps with calculator marks, then
+            ``#### 72``.
 
-    `required` names the fields that must not be empty in any row, beside the question. `format` ``"gsm8k"`` says that
-    the answer column is written as GSM8K's is: worked steps with calculator marks, then ``#### 72``.
-
-    Raises `RequestError` with the file and the line or row: a missing or unreadable file, an unknown suffix or column,
-    a row that is not an object, an empty question or required field.
+    Raises:
+        RequestError: names the file and the line or row: a missing or unreadable file, an unknown suffix or column, a
+            row that is not an object, an empty question or required field.
     """
     file = Path(path).expanduser()
     if format not in FORMATS:
@@ -78,7 +133,17 @@ def load_file(
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of `file` in order, each with the place where it stands; never an empty list."""
+    """Read the rows of a data file.
+
+    Args:
+        file: a .json, .jsonl, .csv or .parquet file.
+
+    Returns:
+        The rows in order, each with its position; at least one.
+
+    Raises:
+        RequestError: a missing, unreadable or empty file, or an unknown suffix.
+    """
     if not file.exists():
         raise RequestError(f"the data file {str(file)!r} does not exist. Check the path.")
     if not file.is_file():
@@ -96,7 +161,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def _resolve(file: Path, columns: Mapping[str, str | None] | None, rows: list[Row], needed: set[str]) -> dict[str, str]:
-    """Which column of the file holds which field."""
+    """Names of the columns that hold the fields."""
     present = list(dict.fromkeys(name for _, row in rows for name in row))
     listed = ", ".join(map(repr, present)) or "none"
     columns = columns or {}
@@ -135,7 +200,7 @@ def _text(file: Path, where: str, name: str, value: Any) -> str:
 
 
 def _split_gsm8k(file: Path, where: str, worked: str) -> dict[str, str]:
-    """The steps without calculator marks (they end in ``#### 72``, a declared answer), and the answer alone."""
+    """Split a worked answer into its steps without calculator marks, up to ``#### 72``, and the answer alone."""
     _, mark, answer = worked.rpartition("####")
     if not mark:
         raise RequestError(f"{file}, {where}: the answer does not end in '#### NUMBER' as the gsm8k format needs.")
@@ -215,7 +280,7 @@ def _decode(file: Path) -> str:
 
 def _object(file: Path, where: str, item: Any) -> Row:
     if not isinstance(item, dict):
-        raise RequestError(f"{file}, {where}: a {_json_type(item)} stands where an object is needed.")
+        raise RequestError(f"{file}, {where}: a {_json_type(item)} where an object is needed.")
     return where, item
 
 

@@ -1,4 +1,4 @@
-"""Which test questions a training set holds: word for word (after normalisation), or nearly.
+"""Test questions that a training set holds: word for word (after normalisation), or nearly.
 
 Exact matches can be told from a `Fingerprint` alone, which training writes beside its result. Near matches are found by
 MinHash over word shingles (Broder 1997) with `datasketch`, and every candidate is verified by its true Jaccard
@@ -16,12 +16,12 @@ from llm_adapters.errors import RequestError, unknown
 
 SHINGLE = 2  # words
 NEAR = 0.8
-"""Where two questions count as nearly the same: 80 % of the word pairs that occur in either occur in both.
+"""Similarity at which two questions count as nearly the same: 80 % of the word pairs in either are in both.
 
 Chosen on the best pairs, not exact, between three training sets (math_data, MAWPS, GSM8K) and seven test sets. Of the
 124 pairs at or above 0.8, 100 are one question worded twice (the same numbers; "two" for "2", "0.5 of a mile" for "0.5
-mile"), and in the others one or two numbers differ. Between 0.6 and 0.7 only 8 of 189 are the same question: there
-stand templates filled with other names and other numbers, which share a method but not an answer.
+mile"), and in the others one or two numbers differ. Between 0.6 and 0.7 only 8 of 189 are the same question: the rest
+are templates filled with other names and other numbers, which share a method but not an answer.
 """
 
 _PERMUTATIONS = 128
@@ -30,22 +30,31 @@ _SCHEME = "blake2b-48 of lower-case letters and digits"
 
 
 def normalise(text: str) -> str:
-    """`text` in lower case without anything but letters and digits (of any script)."""
+    """Reduce a text to its letters and digits (of any script), in lower case.
+
+    Args:
+        text: a question.
+    """
     return re.sub(r"[\W_]+", "", text.lower())
 
 
-# --- fingerprints ---------------------------------------------------------------------------------------------------
+# --- fingerprints
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Short hashes of the distinct normalised questions of a data set of `total` questions."""
+    """Short hashes of the questions of a data set.
+
+    Attributes:
+        hashes: of the distinct normalised questions.
+        total: how many questions there were.
+    """
 
     hashes: frozenset[str]
     total: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON document; the hashes are sorted and joined into one string."""
+        """JSON document; the hashes are sorted and joined into one string."""
         return {
             "scheme": _SCHEME,
             "total": self.total,
@@ -55,7 +64,14 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Fingerprint":
-        """The fingerprint that `to_dict` described. Raises `RequestError` where `document` is not one."""
+        """Read what `to_dict` wrote.
+
+        Args:
+            document: a JSON document.
+
+        Raises:
+            RequestError: another scheme, or a damaged document.
+        """
         if document.get("scheme") != _SCHEME:
             raise unknown("fingerprint scheme", document.get("scheme"), [_SCHEME], " Train again to write a new one.")
         joined = document["hashes"]
@@ -69,13 +85,25 @@ class Fingerprint:
 
 
 def fingerprint(questions: Iterable[str]) -> Fingerprint:
-    """The fingerprint of a data set's `questions`. Questions without letters or digits count but leave no hash."""
+    """Fingerprint of a data set.
+
+    Args:
+        questions: its questions; those without letters or digits count but leave no hash.
+    """
     texts = [normalise(question) for question in questions]
     return Fingerprint(frozenset(_hash(text) for text in texts if text), len(texts))
 
 
 def seen(known: Fingerprint, questions: Iterable[str]) -> list[bool]:
-    """For each of `questions`, whether it was among those that `known` was made of."""
+    """Look questions up in a fingerprint.
+
+    Args:
+        known: the fingerprint of a training set.
+        questions: the questions of a test set.
+
+    Returns:
+        For each question, True where the training set holds it.
+    """
     return [bool(text) and _hash(text) in known.hashes for text in map(normalise, questions)]
 
 
@@ -84,21 +112,35 @@ def _hash(text: str) -> str:
 
 
 def duplicates(questions: Sequence[str]) -> list[list[int]]:
-    """The groups of positions that hold the same question after normalisation, in order of their first position."""
+    """Find the questions that are the same after normalisation.
+
+    Args:
+        questions: the questions of one data set.
+
+    Returns:
+        The groups of two or more positions with one question, in the order of their first position.
+    """
     groups: dict[str, list[int]] = {}
     for at, question in enumerate(questions):
         groups.setdefault(normalise(question), []).append(at)
     return [group for text, group in groups.items() if text and len(group) > 1]
 
 
-# --- overlap --------------------------------------------------------------------------------------------------------
+# --- overlap
 
 
 @dataclass(frozen=True)
 class Match:
-    """A test question and the training question that it (nearly) repeats; `similarity` is 1 for an exact match."""
+    """Test question and the training question that it repeats.
 
-    kind: str  # "exact" or "near"
+    Attributes:
+        kind: ``"exact"`` or ``"near"``.
+        similarity: the Jaccard similarity, 1 for an exact match.
+        test: the test question.
+        train: the training question.
+    """
+
+    kind: str
     similarity: float
     test: str
     train: str
@@ -106,7 +148,14 @@ class Match:
 
 @dataclass
 class Overlap:
-    """How many of the `total` questions of a test set a training set holds exactly, and nearly but not exactly."""
+    """Number of a test set's questions that a training set holds.
+
+    Attributes:
+        total: the questions of the test set.
+        exact: those that are in the training set, after normalisation.
+        near: those that are nearly in it, but not exactly.
+        examples: some of both.
+    """
 
     total: int
     exact: int = 0
@@ -114,14 +163,24 @@ class Overlap:
     examples: list[Match] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON document."""
+        """JSON document."""
         return asdict(self)
 
 
 def overlap(
     train: Iterable[str], test: Sequence[str], near_threshold: float | None = NEAR, examples: int = 3
 ) -> Overlap:
-    """How much of one test set's questions `train` holds; see `overlaps`."""
+    """Overlap of one test set with a training set.
+
+    Args:
+        train: the training questions.
+        test: the questions of the test set.
+        near_threshold: as for `overlaps`.
+        examples: as for `overlaps`.
+
+    Raises:
+        RequestError: a threshold outside (0, 1].
+    """
     return overlaps(train, {"": test}, near_threshold, examples)[""]
 
 
@@ -131,12 +190,19 @@ def overlaps(
     near_threshold: float | None = NEAR,
     examples: int = 3,
 ) -> dict[str, Overlap]:
-    """How much of each test set's questions the training questions `train` hold.
+    """Overlap of several test sets with a training set.
 
-    Exact is meant after `normalise`. Near is a Jaccard similarity of the sets of word pairs of at least
-    `near_threshold` (None: near matches are not sought); a test question at that similarity is missed with a
-    probability below 0.001 (from a threshold of 0.06 up) and never counted wrongly. `examples` of each kind are kept
-    per test set, near ones with the most similar first. Raises `RequestError` for a threshold outside (0, 1].
+    Exact is meant after `normalise`. Near is a Jaccard similarity of the sets of word pairs: a test question at the
+    threshold is missed with a probability below 0.001 (from a threshold of 0.06 up) and never counted wrongly.
+
+    Args:
+        train: the training questions.
+        tests: the questions of each test set.
+        near_threshold: the least similarity of a near match; None leaves near matches out.
+        examples: so many examples of each kind are kept per test set, of near ones the most similar.
+
+    Raises:
+        RequestError: a threshold outside (0, 1].
     """
     if near_threshold is not None and not 0 < near_threshold <= 1:
         raise RequestError(f"near threshold {near_threshold!r}: give a similarity above 0 and at most 1.")
@@ -165,7 +231,7 @@ def overlaps(
 
 
 def _near(train: list[str], tests: list[tuple[str, str]], threshold: float) -> dict[str, list[Match]]:
-    """For each test set, the best match of each of its questions that reaches `threshold`."""
+    """Best match of each question that reaches `threshold`, by test set."""
     from datasketch import MinHash, MinHashLSH  # imports scipy: a second
 
     # Bands of `rows` hashes: as selective as they can be while a pair at the threshold is missed with p < 0.001.
@@ -190,7 +256,7 @@ def _near(train: list[str], tests: list[tuple[str, str]], threshold: float) -> d
 
 
 def _shingles(question: str) -> frozenset[str]:
-    """The pairs of neighbouring words; 20,817 is one word."""
+    """Pairs of neighbouring words; 20,817 is one word."""
     words = re.sub(r"[\W_]+", " ", re.sub(r"(?<=\d),(?=\d{3})", "", question.lower())).split()
     return frozenset(" ".join(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1)))
 

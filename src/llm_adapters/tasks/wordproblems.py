@@ -20,17 +20,30 @@ Numbers = dict[str, int]
 
 
 class Dice:
-    """Draws that give the same values on every Python version: only `random.Random.random` promises that."""
+    """Draws that give the same values on every Python version: only `random.Random.random` promises that.
+
+    Args:
+        seed: of the draws.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def between(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`, both included."""
+        """Draw a whole number.
+
+        Args:
+            low: the least.
+            high: the greatest.
+        """
         return low + int(self._random.random() * (high - low + 1))
 
     def pick(self, choices: Sequence[_T]) -> _T:
-        """One of `choices`."""
+        """Draw one of several values.
+
+        Args:
+            choices: the values.
+        """
         return choices[self.between(0, len(choices) - 1)]
 
 
@@ -38,7 +51,12 @@ class Dice:
 class Kind:
     """One kind of problem. Templates have the slots {name}, {other}, {items} and the numbers that `draw` gives.
 
-    `draw` gives ``answer`` too, always positive. The `solution` is the same for all templates of a kind.
+    Attributes:
+        name: for people.
+        draw: gives the numbers of one problem, and ``answer``, always positive.
+        solution: the worked answer, the same for all templates of a kind.
+        train: the templates of the training set.
+        test: those of the test set.
     """
 
     name: str
@@ -236,9 +254,15 @@ ITEMS = {
 
 
 def generate(split: str) -> list[Example]:
-    """The examples of ``"train"`` (2,000) or ``"test"`` (300): always the same ones, no question twice.
+    """Make the examples of a split: always the same ones, no question twice.
 
     Kinds and templates take turns, so that any first N examples hold nearly as many of each kind.
+
+    Args:
+        split: ``"train"`` (2,000 examples) or ``"test"`` (300).
+
+    Raises:
+        RequestError: another split.
     """
     if split not in SIZES:
         raise unknown("split of the word problems", split, SIZES)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
+from llm_adapters.tasks.answers import ProtocolName
+from llm_adapters.tasks.templates import TemplateName
 
 
 @dataclass
@@ -57,7 +59,7 @@ class DataSettings:
     columns: dict[str, str | None] | None = None
     limit: int | None = None
     validation: float = 0
-    template: Literal["alpaca", "chat", "plain", "paper"] = "alpaca"
+    template: TemplateName = "alpaca"
     max_length: int = 512
     too_long: Literal["drop", "cut", "error"] = "drop"
     train_on_prompt: bool = False
@@ -125,7 +127,7 @@ class EvaluationSettings:
 
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
-    protocol: Literal["default", "strict", "paper"] = "default"
+    protocol: ProtocolName = "default"
     max_new_tokens: int = 256
     batch_size: int | None = None
 
@@ -212,6 +214,8 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
         import yaml
         from jsonargparse import ArgumentParser
 
+        from llm_adapters.compat.jsonargparse import readable
+
         if isinstance(source, str | Path):
             path = Path(source)
             if not path.is_file():
@@ -230,7 +234,7 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
         try:
             recipe = parser.instantiate(parser.parse_object({"recipe": document})).recipe
         except (ArgumentError, TypeError, ValueError) as error:
-            raise RequestError(f"the recipe is wrong: {' '.join(str(error).split())}") from error
+            raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from error
     recipe.check()
     return recipe
 

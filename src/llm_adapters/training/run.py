@@ -17,7 +17,7 @@ import yaml
 
 from llm_adapters import methods
 from llm_adapters._version import __version__
-from llm_adapters.errors import RequestError, WorkError
+from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import write_json, write_text
 from llm_adapters.models import loading as models
@@ -53,10 +53,6 @@ class Run:
     def adapter(self) -> Path:
         """The adapter's folder."""
         return self.folder / "adapter"
-
-
-class Interrupted(WorkError):
-    """A signal stopped the run after a checkpoint; the same request goes on from there."""
 
 
 def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *, progress: bool = True) -> Run:

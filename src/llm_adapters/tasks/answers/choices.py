@@ -1,14 +1,14 @@
 """Answers that choose: an option's letter, an option's name, true or false.
 
-`LETTER`, `OPTION` and `BOOLEAN` are the readers that `llm_adapters.tasks.answers` uses.
+`LETTER`, `OPTION` and `BOOLEAN` are the extractors that `llm_adapters.tasks.answers` uses.
 """
 
 import re
 from collections.abc import Iterable
 
-from llm_adapters.tasks.answers.declarations import DENIAL, FILLER, Claim, Reader
+from llm_adapters.tasks.answers.declarations import DENIAL, FILLER, DeclaredAnswer, Extractor
 
-# --- letters --------------------------------------------------------------------------------------------------------
+# --- letters
 
 _SEPARATOR = r"(?: ?[/|] ?|,? or |,? and )"
 _LETTER = r"(?:\([A-Ha-h]\)|\b[A-H]\b(?!'))"
@@ -40,20 +40,20 @@ def _clean_letter(text: str) -> str:
     return _DENIED_LETTER.sub(" ", text)
 
 
-def _declared_letter(claim: Claim) -> str | None:
-    if claim.form == "reverse":
-        return _letter(_last(_LETTER_BEFORE.finditer(claim.text)))
-    first = _LETTER_FIRST.match(claim.text)
-    if first and not _is_article(first, claim.form):
+def _declared_letter(answer: DeclaredAnswer) -> str | None:
+    if answer.style == "answer first":
+        return _letter(_last(_LETTER_BEFORE.finditer(answer.text)))
+    first = _LETTER_FIRST.match(answer.text)
+    if first and not _is_article(first, answer.style):
         return _letter(first)
-    return None if claim.form in ("box", "mark") else _letter(_last(_LETTER_INSIDE.finditer(claim.text)))
+    return None if answer.style in ("box", "mark") else _letter(_last(_LETTER_INSIDE.finditer(answer.text)))
 
 
-def _is_article(match: re.Match[str], form: str) -> bool:
+def _is_article(match: re.Match[str], style: str) -> bool:
     after = match.string[match.end() :]
     if match[1] == "a":
         return bool(re.match(r" ?\w|-", after))
-    return match[1] == "A" and form == "label" and bool(_AFTER_ARTICLE.match(after))
+    return match[1] == "A" and style == "label" and bool(_AFTER_ARTICLE.match(after))
 
 
 def _undeclared_letter(text: str) -> str | None:
@@ -79,7 +79,7 @@ _PICK = re.compile(
 
 
 def _without_listing(text: str, marker: re.Pattern[str], start: str) -> str:
-    """`text` without the markers that only repeat the choices: runs such as A to E or 1 to 4, that begin with `start`.
+    """Text without the markers that only repeat the choices: runs such as A to E or 1 to 4, that begin with `start`.
 
     A later marker that is picked ("so it is (C)") is no part of a run, nor is a first one that ends its sentence.
     """
@@ -106,7 +106,7 @@ def _without_listing(text: str, marker: re.Pattern[str], start: str) -> str:
     return " ".join([*pieces, text[end:]])
 
 
-# --- named options and truth values ---------------------------------------------------------------------------------
+# --- named options and truth values
 
 _NAME = r"(?<![A-Za-z])(?:answer|solution|ending|option)[ _#-]?\(?[1-9]\)?(?![\d%]|[.,]\d)"
 _NAMES = re.compile(_NAME, re.IGNORECASE)
@@ -125,9 +125,9 @@ def _clean_option(text: str) -> str:
     return _DENIED_NAME.sub(" ", _NAME_LIST.sub(" ", _without_listing(text, _NAME_MARKER, "12")))
 
 
-def _declared_option(claim: Claim) -> str | None:
-    found = _NAMES.findall(claim.text)
-    return _option(found[-1 if claim.form == "reverse" else 0]) if found else None
+def _declared_option(answer: DeclaredAnswer) -> str | None:
+    found = _NAMES.findall(answer.text)
+    return _option(found[-1 if answer.style == "answer first" else 0]) if found else None
 
 
 def _undeclared_option(text: str) -> str | None:
@@ -154,9 +154,9 @@ def _clean_boolean(text: str) -> str:
     return _TRUTH_LIST.sub(" ", text)
 
 
-def _declared_boolean(claim: Claim) -> str | None:
-    match = _TRUTH_FIRST.match(claim.text) if claim.form != "reverse" else None
-    return _truth(match or _last(_TRUE_OR_FALSE.finditer(claim.text)))
+def _declared_boolean(answer: DeclaredAnswer) -> str | None:
+    match = _TRUTH_FIRST.match(answer.text) if answer.style != "answer first" else None
+    return _truth(match or _last(_TRUE_OR_FALSE.finditer(answer.text)))
 
 
 def _undeclared_boolean(text: str) -> str | None:
@@ -174,6 +174,6 @@ def _truth(match: re.Match[str] | None) -> str | None:
     return str((match[2].lower() in ("true", "yes")) != bool(match[1])).lower()
 
 
-LETTER = Reader(_clean_letter, _declared_letter, _undeclared_letter)
-OPTION = Reader(_clean_option, _declared_option, _undeclared_option)
-BOOLEAN = Reader(_clean_boolean, _declared_boolean, _undeclared_boolean)
+LETTER = Extractor(_clean_letter, _declared_letter, _undeclared_letter)
+OPTION = Extractor(_clean_option, _declared_option, _undeclared_option)
+BOOLEAN = Extractor(_clean_boolean, _declared_boolean, _undeclared_boolean)

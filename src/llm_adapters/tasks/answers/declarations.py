@@ -1,68 +1,56 @@
-"""Where a response ends, and the places in it that declare an answer, whatever the answer's kind."""
+"""The places of a response that declare an answer, whatever the answer's kind."""
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-REACH = 300  # characters: a declared answer stands near the words that declare it; also bounds the work per match
-
-_RUN_ON = re.compile(
-    r"""
-    \#\#\#\ ?\ ?
-    (?: (?P<reply>response|assistant) | instruction | input | question | problem | human | user | system )s?\b\ ?:?
-  | (?: ^ [ \t>*_\#]{0,8} | (?<=[.!?]) [ \n]? )
-    (?: (?: (?P<answerer>assistant) | human | user | system | instruction | input
-          | (?:next\ )?(?:question|problem|exercise|q) (?:\ ?\d{1,3})? ) [*_ ]{0,3} : [*_]{0,2}
-      | (?:question|problem|exercise|q) \ ?\d{1,3} (?: [.)*_]{1,3}(?!\w) | \ ?$ ) )
-  | below\ is\ an\ instruction\ that
-  | <\|[a-z0-9_]{1,30}\|> | </?s> | <(?:eos|bos|pad|end_of_turn|start_of_turn)> | \[/?INST\]
-    """,
-    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
-)
-_SOLUTION_END = re.compile(r"^ ?#### ?[-+]?\.?\d[\d.,/:]*%?(?: [a-z]{1,20})?[. ]*$", re.MULTILINE)
-
-
-def response(text: str) -> str:
-    """`text` up to where a model runs on into the next question or turn.
-
-    Markers before the first word are skipped ("### Response:"), and so is a question that is repeated before the
-    response when a marker of the response follows it.
-    """
-    markers = list(_RUN_ON.finditer(text))
-    start = at = 0
-    while at < len(markers) and not text[start : markers[at].start()].strip(" \n\t\r#*"):
-        start, at = markers[at].end(), at + 1
-    if at and not _replies(markers[at - 1]):
-        for later, marker in enumerate(markers[at:], at + 1):
-            if _replies(marker):
-                start, at = marker.end(), later
-                break
-    return text[start : markers[at].start() if at < len(markers) else None]
-
-
-def _replies(marker: re.Match[str]) -> bool:
-    return bool(marker["reply"] or marker["answerer"] or marker[0].lower() in ("<|assistant|>", "[/inst]"))
-
-
-def end_of_solution(text: str) -> str:
-    """`text` up to its first line ``#### 5``, which ends a solution by GSM8K's convention."""
-    end = _SOLUTION_END.search(text)
-    return text[: end.end()] if end else text
+REACH = 300  # characters: a declared answer is near the words that declare it; also bounds the work per match
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A place that declares an answer.
+class DeclaredAnswer:
+    """A place in a text that declares an answer.
 
-    `text` is the clause that holds the answer, `form` one of ``"sentence"`` ("the answer is 5"), ``"label"``
-    ("Answer: 5"), ``"mark"`` ("#### 5"), ``"box"`` and ``"reverse"`` ("5 is the answer"); `more` says whether digits
-    follow the clause (unless as its explanation).
+    Attributes:
+        start: the position of the words that declare it.
+        text: the clause that holds the answer.
+        style: ``"sentence"`` ("the answer is 5"), ``"label"`` ("Answer: 5"), ``"mark"`` ("#### 5"), ``"box"``
+            (``\\boxed{5}``) or ``"answer first"`` ("5 is the answer").
+        digits_follow: digits follow a label's clause, other than in its explanation.
     """
 
     start: int
     text: str
-    form: str
-    more: bool = False
+    style: str
+    digits_follow: bool = False
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """The three steps that read answers of one kind.
+
+    Attributes:
+        clean: removes from a response what is denied or only listed.
+        declared: reads a declared answer in the rest; None where its clause holds none.
+        undeclared: reads a response that declares nothing; None where it holds no answer.
+    """
+
+    clean: Callable[[str], str]
+    declared: Callable[[DeclaredAnswer], float | str | None]
+    undeclared: Callable[[str], float | str | None]
+
+
+# For the extractors: words that deny what follows them, and what may come between "the answer is" and the answer.
+DENIAL = (
+    r"(?:\bnot|n't|\brather than|\binstead of|\bnor|\bunlike) "
+    r"(?:(?:the|an?|option|choice|answer|just|be|is|to|equal) ){0,3}"
+)
+FILLER = (
+    r"(?:[^\w.+-]|\.(?!\d)|[-+](?! ?\.?\d)|(?:"
+    "that|about|approx|approximately|around|roughly|exactly|only|just|simply|equal|to|an?|the|total of|at|least|most"
+    "|over|under|nearly|almost|therefore|thus|then|now|also|still|actually|clearly|indeed|hence|so|again|option|choice|letter"
+    r"|but|rather|it|is|be|there|are|will|would|definitely|probably|likely)\b)*+"
+)
 
 
 _SENTENCE = re.compile(
@@ -92,7 +80,7 @@ _MARK = re.compile(r"(?<!#)####(?!#)(?! ?\d{1,2}[.)] [A-Za-z])")  # "#### 1. Fir
 _BOX = re.compile(r"\\(?:boxed|fbox) ?\{?")
 _BRACE = re.compile(r"[{}\n]")
 _TAG = re.compile(r"<answer>(.{0,300}?)</answer>", re.IGNORECASE | re.DOTALL)
-_REVERSE = re.compile(
+_ANSWER_FIRST = re.compile(
     r"""
     \b(?:is|are)\ (?:therefore\ |thus\ |then\ )?
     (?: (?:the|our|my)\ (?:(?:final|correct|right|best)\ )?(?:answer|option|choice|solution|ending)\b
@@ -108,32 +96,36 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$|[\"')\]*}]|[A-Z][a-z])|[\n;]")
 _SENTENCE_BREAK = re.compile(r"[.!?]\s|[\n;]")
 
 
-def claims(text: str) -> Iterator[Claim]:
-    """The places in `text` that declare an answer, in no order. What is asked or supposed is left out."""
+def declared_answers(text: str) -> Iterator[DeclaredAnswer]:
+    """Places in `text` that declare an answer, in no order; questions and suppositions are left out.
+
+    Args:
+        text: a normalised response.
+    """
     last_digit = max(map(text.rfind, "0123456789"))
     for match in _SENTENCE.finditer(text):
         clause, end = _clause(text, match.end())
         if text[end : end + 1] != "?" and not _SUPPOSED.search(text[max(0, match.start() - 40) : match.start()]):
-            yield Claim(match.start(), clause, "sentence")
+            yield DeclaredAnswer(match.start(), clause, "sentence")
     for match in _LABEL.finditer(text):
         clause, end = _clause(text, match.end())
         if not _STEPS.match(text, match.end()):
-            yield Claim(match.start(), clause, "label", last_digit >= end and not _EXPLAINED.match(text, end))
+            yield DeclaredAnswer(match.start(), clause, "label", last_digit >= end and not _EXPLAINED.match(text, end))
     for match in _MARK.finditer(text):
-        yield Claim(match.start(), text[match.end() : match.end() + REACH].partition("\n")[0], "mark")
+        yield DeclaredAnswer(match.start(), text[match.end() : match.end() + REACH].partition("\n")[0], "mark")
     for match in _BOX.finditer(text):
-        yield Claim(match.start(), _braced(text, match.end()), "box")
+        yield DeclaredAnswer(match.start(), _braced(text, match.end()), "box")
     for match in _TAG.finditer(text):
-        yield Claim(match.start(), match[1].strip(), "box")
-    for match in _REVERSE.finditer(text):
+        yield DeclaredAnswer(match.start(), match[1].strip(), "box")
+    for match in _ANSWER_FIRST.finditer(text):
         end = _clause(text, match.end())[1]
         if text[end : end + 1] != "?":
             before = text[max(0, match.start() - REACH) : match.start()]
-            yield Claim(match.start(), _SENTENCE_BREAK.split(before)[-1], "reverse")
+            yield DeclaredAnswer(match.start(), _SENTENCE_BREAK.split(before)[-1], "answer first")
 
 
 def _clause(text: str, start: int) -> tuple[str, int]:
-    """What stands from `start` to the end of its sentence, and where that is; line breaks before it are passed."""
+    """Text from `start` to the end of its sentence, and the position of that end; line breaks before it are passed."""
     blank = _BLANK.match(text, start)
     begin = blank.end() if blank else start
     end = _SENTENCE_END.search(text, begin, begin + REACH)
@@ -148,29 +140,3 @@ def _braced(text: str, start: int) -> str:
         if depth == 0 or match[0] == "\n":
             return text[start : match.start()]
     return text[start : start + REACH]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How answers of one kind are read.
-
-    `clean` removes from a response what is denied or only listed; `declared` reads a claim in the rest and `undeclared`
-    a response without one, giving None where there is no answer.
-    """
-
-    clean: Callable[[str], str]
-    declared: Callable[[Claim], float | str | None]
-    undeclared: Callable[[str], float | str | None]
-
-
-# For the readers: words that deny what follows them, and what may stand between "the answer is" and the answer.
-DENIAL = (
-    r"(?:\bnot|n't|\brather than|\binstead of|\bnor|\bunlike) "
-    r"(?:(?:the|an?|option|choice|answer|just|be|is|to|equal) ){0,3}"
-)
-FILLER = (
-    r"(?:[^\w.+-]|\.(?!\d)|[-+](?! ?\.?\d)|(?:"
-    "that|about|approx|approximately|around|roughly|exactly|only|just|simply|equal|to|an?|the|total of|at|least|most"
-    "|over|under|nearly|almost|therefore|thus|then|now|also|still|actually|clearly|indeed|hence|so|again|option|choice|letter"
-    r"|but|rather|it|is|be|there|are|will|would|definitely|probably|likely)\b)*+"
-)

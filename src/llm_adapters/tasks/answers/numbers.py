@@ -1,15 +1,21 @@
-"""Numbers as people and language models write them: finding them in a text and reading their value."""
+"""Numbers as people and language models write them: finding them in a text, and telling which one is the answer.
 
+`NUMBER` is the extractor that `llm_adapters.tasks.answers` uses.
+"""
+
+import itertools
 import math
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llm_adapters.tasks.answers.declarations import DENIAL, FILLER, DeclaredAnswer, Extractor
+
 
 @dataclass(frozen=True)
-class Numeral:
-    """A number in a text: it stands at ``text[start:end]`` and is worth `value`."""
+class Number:
+    """A number in a text, written at ``text[start:end]``; `value` is what it is worth."""
 
     start: int
     end: int
@@ -57,10 +63,14 @@ _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RUL
 
 
 def normalise(text: str) -> str:
-    """`text` with one way to write each thing.
+    """Same text with one way to write each thing.
 
-    Plain digits, ``-`` for every minus, ``a/b`` for a fraction, ``^`` for a power, no LaTeX or Markdown around a
-    number, no currency, single spaces. Lines stay.
+    Args:
+        text: any text.
+
+    Returns:
+        The text with plain digits, ``-`` for every minus, ``a/b`` for a fraction, ``^`` for a power, no LaTeX or
+        Markdown around a number, no currency and single spaces. Lines stay.
     """
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(_SUPERSCRIPT_DIGITS), text.translate(_PLAIN))
@@ -84,7 +94,7 @@ def _plain(char: str) -> str:
 
 # The branch for dates comes first, so that 12/25/2020 is not read as a fraction. A number hangs on no letter (H2O, x1)
 # and is no exponent (cm^2); units may hang on the number (5kg).
-_NUMERAL = re.compile(
+_NUMBER = re.compile(
     r"""
     (?<![A-Za-z0-9_^/]) (?P<date> \d{1,2}/\d{1,2}/\d{2,4} | \d{4}-\d\d-\d\d ) (?! [\d/-] )
   | (?P<sign> [-+]\ ? )? (?<! [A-Za-z0-9_^] )
@@ -106,23 +116,26 @@ _NUMERAL = re.compile(
 )
 
 
-def find(text: str) -> list[Numeral]:
-    """The numbers in a normalised `text`, in order.
+def find(text: str) -> list[Number]:
+    """Numbers in a text, in order.
 
     Signs, thousands separators (``1,234``; but ``1, 2, 3`` are three numbers), decimals (``.5``), fractions (``3/4``
     is 0.75, ``1 1/2`` is 1.5), powers and scientific notation are read. ``25%`` is 25, ``5 million`` is 5 and ``2:30``
     is 2, as the gold answers of GSM8K count percent, millions and hours. A minus after a number is a subtraction, not a
     sign. Dates, and numbers beyond a float's range, are left out.
+
+    Args:
+        text: a normalised text (see `normalise`).
     """
-    numerals = []
-    for match in _NUMERAL.finditer(text):
+    numbers = []
+    for match in _NUMBER.finditer(text):
         value = _value(match)
         if value is None or not math.isfinite(value) or text[max(0, match.start() - 1) : match.start()] == "^":
             continue
         if match["sign"] and "-" in match["sign"] and _is_sign(text, match.start(), " " in match["sign"]):
             value = -value
-        numerals.append(Numeral(match.start(), match.end(), value))
-    return numerals
+        numbers.append(Number(match.start(), match.end(), value))
+    return numbers
 
 
 def _is_sign(text: str, at: int, spaced: bool) -> bool:
@@ -171,7 +184,11 @@ _IN_WORDS = re.compile(
 
 
 def in_words(text: str) -> float | None:
-    """The number that `text` begins with if that is written in words (``twenty-five``, ``minus two hundred``)."""
+    """Number in words that a text begins with (``twenty-five``, ``minus two hundred``), or None.
+
+    Args:
+        text: any text.
+    """
     match = _IN_WORDS.match(text)
     if match is None:
         return None
@@ -184,3 +201,104 @@ def in_words(text: str) -> float | None:
         else:
             group += _WORDS[word]
     return float(-(total + group) if match["sign"] else total + group)
+
+
+# --- the number that is the answer
+
+_DENIED_NUMBER = re.compile(DENIAL + r"[(\"']?-?\.?\d+(?:[,./]\d+)*", re.IGNORECASE)
+_LEAD_IN = re.compile(FILLER, re.IGNORECASE)
+_ASIDE = re.compile(r"\([^()=]*=[^()]*\)")
+_BREAK = r" (?:because|since|as|where|when|if|after|given|due|considering|so|but|while|which)\b|,(?! or\b|\d{3})"
+_STOP = re.compile(_BREAK, re.IGNORECASE)
+_UNIT_END = re.compile(_BREAK + r"|\(", re.IGNORECASE)
+_RESTATED = re.compile(
+    r", or ((?:[^,]|,(?=\d))*(?:=|\b(?:total|altogether|in all|combined)\b)(?:[^,]|,(?=\d))*)", re.IGNORECASE
+)
+_EQUALS = re.compile(r"[-=]+>|→|⇒|=+|\bequals?(?: to)?\b", re.IGNORECASE)
+_OPERATOR = re.compile(r"[)% ]*(?:[-+*/x^]|times|plus|minus|divided by)[( ]*", re.IGNORECASE)
+_RELATION = re.compile(r" ?(?:times|more than|less than|fewer than|percent of|% of|of) $", re.IGNORECASE)
+_LINK = re.compile(
+    r"\b(?:is|are|was|were|has|have|had|makes?|gets?|gives?|leaves?|needs?|costs?|totall?ing|totals?)\b", re.IGNORECASE
+)
+_GROUPS = re.compile(r"^(-?\d{1,3})((?: \d{3})+)(?![\d,.]?\d)")  # 118 000
+_LIST_MARK = re.compile(r"^ ?(\d{1,2})[.)] +(?=[A-Za-z*])", re.MULTILINE)
+
+
+def _without_denied(text: str) -> str:
+    return _DENIED_NUMBER.sub(" ", text)
+
+
+def _declared_number(answer: DeclaredAnswer) -> float | None:
+    clause = re.sub(r"(?<=\d) / (?=\d)", "/", answer.text)
+    clause = _GROUPS.sub(lambda m: m[1] + m[2].replace(" ", ""), clause)
+    found = find(clause)
+    if answer.style == "answer first":
+        return _equation(clause, found[-1]) if found else None
+    start = _after(_LEAD_IN.match(clause))
+    direct = bool(found) and found[0].start <= start and not _is_calculation(clause, found)
+    if answer.style == "label" and answer.digits_follow and not (direct and _ends_soon(clause, found)):
+        return None  # "Answer: She has 3 + 4 = 7 apples. She eats 2 ..." is where the reasoning begins
+    if not found:
+        return in_words(clause[start:])
+    if direct:
+        restated = _RESTATED.search(clause, found[0].end)
+        if restated and (again := find(restated[1])):
+            clause, found = restated[1], again
+        head = clause[: found[0].end] + _ASIDE.sub("", clause[found[0].end :])  # 12 (that is 3 * 4 = 12)
+        stop = _STOP.search(head, found[0].end)
+        return _equation(head[: stop.start() if stop else None], found[0])
+    if answer.style == "mark":
+        return None
+    for link in _LINK.finditer(clause):  # "the sum of 5 and 3, which is 8"
+        reach = _after(_LEAD_IN.match(clause, link.end()))
+        for number in found:
+            if link.end() <= number.start <= reach:
+                return _equation(clause[number.start :], number)
+    return _equation(clause, found[-1])
+
+
+def _after(match: re.Match[str] | None) -> int:
+    return match.end() if match else 0
+
+
+def _ends_soon(clause: str, found: list[Number]) -> bool:
+    """True where `clause`, which begins with a number, is that number with its unit and not the start of a sentence."""
+    end = _UNIT_END.search(clause, found[0].end)
+    unit = clause[found[0].end : end.start() if end else None]
+    return len(unit.split()) <= 4 and not _EQUALS.search(unit) and not find(unit)
+
+
+def _equation(text: str, otherwise: Number) -> float:
+    """Value after the last equals sign that is a number and not again a calculation (8 in "8 = 5 + 3")."""
+    sides = _EQUALS.split(text)
+    for side in reversed(sides if len(sides) > 1 else []):
+        found = find(side)
+        if found and not any(_is_operator(side, *pair) for pair in itertools.pairwise(found)):
+            return found[0].value
+    return otherwise.value
+
+
+def _is_calculation(clause: str, found: list[Number]) -> bool:
+    """True where `clause` begins with a calculation whose result follows without an "=" ("3 times 6, or 18")."""
+    if len(found) < 3 or _EQUALS.search(clause):
+        return False
+    between = clause[found[0].end : found[1].start]  # empty in "10-15"
+    return bool(_RELATION.match(between) or (between and _is_operator(clause, *found[:2])))
+
+
+def _is_operator(text: str, left: Number, right: Number) -> bool:
+    between = text[left.end : right.start]
+    return bool(_OPERATOR.fullmatch(between) or (not between.strip() and text[right.start] in "+-"))
+
+
+def _undeclared_number(text: str) -> float | None:
+    marks = _LIST_MARK.findall(text)
+    if "1" in marks and len(marks) > 1:
+        text = _LIST_MARK.sub("", text)
+    found = find("\n" + text)
+    if not found:  # x5, where nothing better is
+        found = find(re.sub(r"(?<![\d.][eE])(?<=[A-Za-z_])(?=\d)", " ", text))
+    return found[-1].value if found else None
+
+
+NUMBER = Extractor(_without_denied, _declared_number, _undeclared_number)
