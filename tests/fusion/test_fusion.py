@@ -473,7 +473,9 @@ def test_several_fusions_on_one_model(sources: Sources, family: str) -> None:
 @torch.no_grad()
 def test_active_fusions_add_up(sources: Sources, family: str) -> None:
     model = two_fusions(sources, family)
-    layer = next(m for m in model.modules() if isinstance(m, FusionLayer) and len(m.plans["default"].adapters) == 3)
+    layer = next(
+        m for m in model.modules() if isinstance(m, FusionLayer) and len(m.placements["default"].adapters) == 3
+    )
     hidden = torch.randn(2, 3, layer.base_layer.in_features if family == "opt" else HIDDEN)
 
     def out(*names: str) -> torch.Tensor:
