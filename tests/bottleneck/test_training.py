@@ -195,7 +195,7 @@ def test_widths_and_counts_follow_from_the_linear(
     )
     width = {"before": (taken, taken), "after": (given_, given_), "parallel": (taken, given_)}[insertion]
     planned = placements(plain("llama"), config)
-    assert [(p.width, p.output_width) for p in planned.values()] == [width]
+    assert [(p.in_features, p.out_features) for p in planned.values()] == [width]
     model = get_peft_model(fresh("llama"), config)
     count = size * sum(width) + bias * (size + width[1])
     assert model.get_nb_trainable_parameters()[0] == count

@@ -1,6 +1,7 @@
 """Private interfaces of PEFT, imported late: loading PEFT registers this package's methods, which need this module.
 
-Methods of PEFT's own classes that this package overrides or calls are in `MEMBERS`.
+Methods of PEFT's own classes that this package overrides or calls are in `MEMBERS`; `_enable_peft_forward_hooks`, which
+`PeftModel` calls on a tuner that has it, is overridden too.
 """
 
 import contextlib
@@ -23,7 +24,6 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         "_create_and_replace": (
             "self", "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name"
         ),
-        "_enable_peft_forward_hooks": ("self", "args", "kwargs"),
         "_prepare_adapter_config": ("self", "peft_config", "model_config"),
         "_remap_adapter_state_dict_for_load": ("model", "config", "adapter_name", "state_dict"),
         "_remove_adapter_name_from_key": ("key", "adapter_name"),
