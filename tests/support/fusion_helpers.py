@@ -1,5 +1,6 @@
 """Helpers of the tests of adapter fusion: three adapters to fuse, and fusions of them."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
