@@ -1,6 +1,7 @@
 """The catalogue of methods: each row trains, says what it can do, and refuses what it cannot read."""
 
 import copy
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny import tiny_model
 
 from llm_adapters import methods
 from llm_adapters.errors import RequestError
+from llm_adapters.training.recipe import AdapterSettings
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 
@@ -278,3 +280,12 @@ def test_an_unknown_name_lists_what_is_allowed() -> None:
 def test_a_mixture_of_experts_has_no_linear_for_the_mlp_but_lora_still_fits() -> None:
     config = methods.adapter_config("lora", tiny_model("mixtral"))
     assert {n.rpartition(".")[2] for n in config.target_modules} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_recipe_and_readme_name_every_method() -> None:
+    listed = AdapterSettings.__doc__.partition("method: ")[2].partition("\n        options:")[0]
+    named = [name.strip() for name in listed.replace("\n", " ").partition(", or")[0].split(",")]
+    assert named == list(methods.METHODS)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in readme.splitlines() if line.startswith("| methods |"))
+    assert re.findall(r"`([\w-]+)`", row) == list(methods.METHODS)

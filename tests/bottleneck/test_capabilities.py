@@ -20,7 +20,7 @@ def test_the_table_is_what_the_tests_prove(tmp_path: Path) -> None:
     subprocess.run([*command, *tests], check=True, capture_output=True, cwd=ROOT)
     proven, committed = cells(file.read_text()), cells(COMMITTED.read_text())
     differing = [cell for cell in proven.keys() | committed.keys() if proven.get(cell) != committed.get(cell)]
-    assert not differing, "write it anew: pytest -m proves --capabilities docs/capabilities.md"
+    assert not differing, "write it again: pytest -m proves --capabilities docs/capabilities.md"
     assert file.read_text() == COMMITTED.read_text()
 
 

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bottleneck",),
     ("architectures",),
     ("_registration",),  # besides, it loads the tuners by name when PEFT is imported
-    ("compat", "files", "errors", "_version"),
+    ("compat", "files", "errors", "_version", "_lazy"),
 )
 
 
