@@ -66,6 +66,8 @@ def change_without_sublayers(model: nn.Module, placements: tuple[str, ...] = PLA
 
 def test_every_row_has_a_tiny_model_and_the_other_way_round() -> None:
     assert set(architectures.FAMILIES) == set(FAMILIES)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"LLaMA, BLOOM, GPT-J and {len(FAMILIES) - 3} more families" in readme
 
 
 @everything

@@ -1,6 +1,7 @@
 """The catalogue of methods: each row trains, says what it can do, and refuses what it cannot read."""
 
 import copy
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny import tiny_model
 
 from llm_adapters import methods
 from llm_adapters.errors import RequestError
+from llm_adapters.training.recipe import AdapterSettings
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 
@@ -52,12 +54,10 @@ families = pytest.mark.parametrize("family", ["llama", "bloom", "gptj", "gpt2"])
 all_methods = pytest.mark.parametrize("method", sorted(methods.METHODS))
 
 
-def which(**declared: object) -> pytest.MarkDecorator:
-    """The methods whose rows declare this."""
-    ((attribute, value),) = declared.items()
-    return pytest.mark.parametrize(
-        "method", [m.name for m in methods.METHODS.values() if getattr(m, attribute) is value]
-    )
+def which(capability: str, declared: bool) -> pytest.MarkDecorator:
+    """The methods whose rows declare that they have the capability, or that they have not."""
+    rows = [m for m in methods.METHODS.values() if m.can is not None and (capability in m.can) is declared]
+    return pytest.mark.parametrize("method", [m.name for m in rows])
 
 
 @pytest.mark.proves("trains nothing else")
@@ -146,7 +146,7 @@ def test_generation_with_a_cache_is_the_loop_without(method: str, family: str) -
 
 
 @pytest.mark.proves("merges")
-@which(mergeable=True)
+@which("merge", True)
 @families
 def test_what_is_declared_mergeable_merges_exactly(method: str, family: str) -> None:
     model = adapted(method, family).eval()
@@ -159,7 +159,7 @@ def test_what_is_declared_mergeable_merges_exactly(method: str, family: str) -> 
 
 
 @pytest.mark.proves("merges", but="refused")
-@which(mergeable=False)
+@which("merge", False)
 @families
 def test_what_is_declared_not_mergeable_refuses(method: str, family: str) -> None:
     model = adapted(method, family).eval()
@@ -186,7 +186,7 @@ def mixed_and_alone(method: str, family: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.proves("mixed batch")
-@which(mixed_batch=True)
+@which("mixed_batch", True)
 @families
 @torch.no_grad()
 def test_what_is_declared_to_take_mixed_batches_does(method: str, family: str) -> None:
@@ -196,7 +196,7 @@ def test_what_is_declared_to_take_mixed_batches_does(method: str, family: str) -
 
 
 @pytest.mark.proves("mixed batch", but="no")
-@which(mixed_batch=False)
+@which("mixed_batch", False)
 @families
 @torch.no_grad()
 def test_what_is_declared_not_to_take_mixed_batches_does_not(method: str, family: str) -> None:
@@ -222,7 +222,7 @@ def gradients_of(method: str, family: str, recompute: bool) -> dict[str, torch.T
 
 
 @pytest.mark.proves("gradient checkpointing")
-@which(recompute=True)
+@which("recompute", True)
 @families
 def test_recomputing_activations_changes_no_gradient(method: str, family: str) -> None:
     expected, recomputed = (gradients_of(method, family, recompute) for recompute in (False, True))
@@ -232,7 +232,7 @@ def test_recomputing_activations_changes_no_gradient(method: str, family: str) -
 
 
 @pytest.mark.proves("gradient checkpointing", but="no")
-@which(recompute=False)
+@which("recompute", False)
 @families
 def test_what_is_declared_not_to_take_recomputing_does_not(method: str, family: str) -> None:
     expected = gradients_of(method, family, False)
@@ -280,3 +280,12 @@ def test_an_unknown_name_lists_what_is_allowed() -> None:
 def test_a_mixture_of_experts_has_no_linear_for_the_mlp_but_lora_still_fits() -> None:
     config = methods.adapter_config("lora", tiny_model("mixtral"))
     assert {n.rpartition(".")[2] for n in config.target_modules} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_recipe_and_readme_name_every_method() -> None:
+    listed = AdapterSettings.__doc__.partition("method: ")[2].partition("\n        options:")[0]
+    named = [name.strip() for name in listed.replace("\n", " ").partition(", or")[0].split(",")]
+    assert named == list(methods.METHODS)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in readme.splitlines() if line.startswith("| methods |"))
+    assert re.findall(r"`([\w-]+)`", row) == list(methods.METHODS)

@@ -9,6 +9,32 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
+
+
+class OwnMethod(NamedTuple):
+    """A method that this package adds to PEFT.
+
+    Attributes:
+        peft_type: its name among PEFT's.
+        module: the module that holds its tuner.
+        tuner: the tuner's class, which names its key, its configuration class and the prefix of its tensors.
+    """
+
+    peft_type: str
+    module: str
+    tuner: str
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with; a test compares it with the tuner's."""
+        return f"{self.peft_type.lower()}_"
+
+
+OWN_METHODS = (
+    OwnMethod("BOTTLENECK", "llm_adapters.bottleneck.model", "BottleneckModel"),
+    OwnMethod("FUSION", "llm_adapters.fusion.model", "FusionModel"),
+)
 
 
 class _AfterPeft:
@@ -30,7 +56,7 @@ class _AfterPeft:
             # Only now: transformers looks for PEFT (`find_spec`) long before anyone imports it.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register()
+            register_own_methods()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
@@ -39,11 +65,15 @@ class _AfterPeft:
 def register_with_peft() -> None:
     """Register now if PEFT is loaded, else as soon as it is."""
     if "peft" in sys.modules:
-        _register()
+        register_own_methods()
     else:
         sys.meta_path.insert(0, _AfterPeft())
 
 
-def _register() -> None:
-    for method in ("bottleneck", "fusion"):
-        importlib.import_module(f"llm_adapters.{method}")
+def register_own_methods() -> None:
+    """Make `OWN_METHODS` known to PEFT, which is loaded; calling it again changes nothing."""
+    from llm_adapters.compat.peft import register_method
+
+    for method in OWN_METHODS:
+        tuner = getattr(importlib.import_module(method.module), method.tuner)
+        register_method(tuner.key, tuner.config_class, tuner)

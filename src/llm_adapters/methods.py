@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llm_adapters import architectures
+from llm_adapters.compat.peft import config_classes
 from llm_adapters.errors import RequestError, unknown
 
 if TYPE_CHECKING:
@@ -22,32 +23,37 @@ if TYPE_CHECKING:
 _INTERNAL = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version"}
 
 
-def _lora_places(model: "nn.Module") -> dict[str, Any]:
+def _lora_options(model: "nn.Module") -> dict[str, Any]:
     architecture = architectures.architecture_of(model)
     return {"target_modules": architecture.lora_targets} | ({"fan_in_fan_out": True} if architecture.conv1d else {})
 
 
-def _same_places_as_lora(model: "nn.Module") -> dict[str, Any]:
+def _targets_of_lora(model: "nn.Module") -> dict[str, Any]:
     return {"target_modules": architectures.architecture_of(model).lora_targets}
 
 
-def _ia3_places(model: "nn.Module") -> dict[str, Any]:
+def _ia3_options(model: "nn.Module") -> dict[str, Any]:
     """Keys, values and the MLP's inner activations (Liu et al. 2022, section 3.3)."""
     architecture = architectures.architecture_of(model)
     attention = list(architecture.qkv[1:] or architecture.qkv)
     feedforward = [architecture.down] if architecture.down else []
-    where: dict[str, Any] = {"target_modules": attention + feedforward, "feedforward_modules": feedforward}
-    return where | ({"fan_in_fan_out": True} if architecture.conv1d else {})
+    targets: dict[str, Any] = {"target_modules": attention + feedforward, "feedforward_modules": feedforward}
+    return targets | ({"fan_in_fan_out": True} if architecture.conv1d else {})
 
 
-def _prompt_shape(model: "nn.Module") -> dict[str, Any]:
-    """The decoder's sizes, which PEFT does not find under every family's names for them (MPT)."""
+def _prompt_options(model: "nn.Module") -> dict[str, Any]:
+    """Sizes of the decoder, which PEFT does not find under every family's names for them (MPT)."""
     config = architectures.text_config(model)
     return {
         "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "token_dim": config.hidden_size,
     }
+
+
+# What a method may be able to do: be merged into the base weights (exactly, up to rounding); have several adapters in
+# one batch (`adapter_names`); give the same gradients with gradient checkpointing.
+CAPABILITIES = ("merge", "mixed_batch", "recompute")
 
 
 @dataclass(frozen=True)
@@ -59,21 +65,16 @@ class Method:
         summary: one line for help and docs, with its source.
         peft_type: PEFT's name of the method.
         defaults: options that differ from PEFT's own defaults; the paper's recipe where the paper has one.
-        places: the options that say where on a model, or how wide; None where PEFT needs none.
-        mergeable: whether it can be merged into the base weights (exactly, up to rounding); None where this project
-            has not tried it.
-        mixed_batch: whether one batch may use several adapters (`adapter_names`); None likewise.
-        recompute: whether gradient checkpointing gives the same gradients; None likewise.
+        model_options: the options that the model decides (target modules, or sizes); None where PEFT needs none.
+        can: those of `CAPABILITIES` that it has; None where this project has not tried it.
     """
 
     name: str
     summary: str
     peft_type: str
     defaults: dict[str, Any] = field(default_factory=dict)
-    places: Callable[["nn.Module"], dict[str, Any]] | None = None
-    mergeable: bool | None = None
-    mixed_batch: bool | None = None
-    recompute: bool | None = None
+    model_options: Callable[["nn.Module"], dict[str, Any]] | None = None
+    can: frozenset[str] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,128 +83,46 @@ class Method:
         return declared | self.defaults
 
 
-_LORA = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.05}
+_SERIES = {"insertion": "series", "placement": ["mlp"]}
 _PARALLEL = {"insertion": "parallel", "placement": ["mlp"]}
+_SCALED = {**_PARALLEL, "scaling": 4.0, "non_linearity": "relu"}
+_LORA = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.05}
+_RSLORA = {"r": 32, "lora_alpha": 8, "lora_dropout": 0.05, "use_rslora": True}
+_TOKENS = {"num_virtual_tokens": 10}
+
+_ALL = frozenset(CAPABILITIES)
+_ALL_BUT_MERGE = _ALL - {"merge"}
+_ALL_BUT_MIXED = _ALL - {"mixed_batch"}
+_RECOMPUTE = frozenset({"recompute"})
 
 METHODS: dict[str, Method] = {
-    row.name: row
+    row[0]: Method(*row)
     for row in (
-        Method(
-            "series",
-            "bottleneck after the MLP (Houlsby et al. 2019; arXiv 2304.01933, eq. 2)",
-            "BOTTLENECK",
-            {"insertion": "series", "placement": ["mlp"]},
-            mergeable=False,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "parallel",
-            "bottleneck beside the MLP (He et al. 2022; arXiv 2304.01933, eq. 4)",
-            "BOTTLENECK",
-            _PARALLEL,
-            mergeable=False,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "scaled-parallel",
-            "parallel adapter with ReLU and a factor of 4 (He et al. 2022, section 4.6)",
-            "BOTTLENECK",
-            {**_PARALLEL, "scaling": 4.0, "non_linearity": "relu"},
-            mergeable=False,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "mam",
-            "mix-and-match: scaled parallel adapter and a prefix in the attention (He et al. 2022, section 4.6)",
-            "BOTTLENECK",
-            {**_PARALLEL, "bottleneck_size": 512, "scaling": 4.0, "non_linearity": "relu", "prefix_length": 30},
-            mergeable=False,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "fusion",
-            "attention over trained, frozen series and parallel adapters (Pfeiffer et al. 2021)",
-            "FUSION",
-            mergeable=False,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "lora",
-            "low-rank update of projections (Hu et al. 2022)",
-            "LORA",
-            _LORA,
-            _lora_places,
-            mergeable=True,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "dora",
-            "LoRA with the weight's magnitude trained apart (Liu et al. 2024)",
-            "LORA",
-            {**_LORA, "use_dora": True},
-            _lora_places,
-            mergeable=True,
-            mixed_batch=False,
-            recompute=True,
-        ),
-        Method(
-            "rslora",
-            "LoRA scaled by the square root of its rank (Kalajdzievski 2023)",
-            "LORA",
-            {"r": 32, "lora_alpha": 8, "lora_dropout": 0.05, "use_rslora": True},
-            _lora_places,
-            mergeable=True,
-            mixed_batch=True,
-            recompute=True,
-        ),
-        Method(
-            "ia3",
-            "a learned factor per key, value and MLP channel (Liu et al. 2022)",
-            "IA3",
-            {},
-            _ia3_places,
-            mergeable=True,
-            mixed_batch=False,
-            recompute=True,
-        ),
-        Method(
-            "prefix",
-            "learned keys and values before the sequence, in every layer (Li and Liang 2021)",
-            "PREFIX_TUNING",
-            {"num_virtual_tokens": 10},
-            _prompt_shape,
-            mergeable=False,
-            mixed_batch=False,
-            recompute=False,
-        ),
-        Method(
-            "prompt",
-            "learned embeddings before the sequence (Lester et al. 2021)",
-            "PROMPT_TUNING",
-            {"num_virtual_tokens": 10},
-            _prompt_shape,
-            mergeable=False,
-            mixed_batch=False,
-            recompute=True,
-        ),
-        Method(
-            "p-tuning",
-            "embeddings before the sequence, made by a small network (Liu et al. 2021)",
-            "P_TUNING",
-            {"num_virtual_tokens": 10},
-            _prompt_shape,
-            mergeable=False,
-            mixed_batch=False,
-            recompute=True,
-        ),
+        ("series", "bottleneck after the MLP (Houlsby et al. 2019; arXiv 2304.01933, eq. 2)",
+         "BOTTLENECK", _SERIES, None, _ALL_BUT_MERGE),
+        ("parallel", "bottleneck beside the MLP (He et al. 2022; arXiv 2304.01933, eq. 4)",
+         "BOTTLENECK", _PARALLEL, None, _ALL_BUT_MERGE),
+        ("scaled-parallel", "parallel adapter with ReLU and a factor of 4 (He et al. 2022, section 4.6)",
+         "BOTTLENECK", _SCALED, None, _ALL_BUT_MERGE),
+        ("mam", "mix-and-match: scaled parallel adapter and a prefix in the attention (He et al. 2022, section 4.6)",
+         "BOTTLENECK", {**_SCALED, "bottleneck_size": 512, "prefix_length": 30}, None, _ALL_BUT_MERGE),
+        ("fusion", "attention over trained, frozen series and parallel adapters (Pfeiffer et al. 2021)",
+         "FUSION", {}, None, _ALL_BUT_MERGE),
+        ("lora", "low-rank update of projections (Hu et al. 2022)", "LORA", _LORA, _lora_options, _ALL),
+        ("dora", "LoRA with the weight's magnitude trained apart (Liu et al. 2024)",
+         "LORA", {**_LORA, "use_dora": True}, _lora_options, _ALL_BUT_MIXED),
+        ("rslora", "LoRA scaled by the square root of its rank (Kalajdzievski 2023)",
+         "LORA", _RSLORA, _lora_options, _ALL),
+        ("ia3", "a learned factor per key, value and MLP channel (Liu et al. 2022)",
+         "IA3", {}, _ia3_options, _ALL_BUT_MIXED),
+        ("prefix", "learned keys and values before the sequence, in every layer (Li and Liang 2021)",
+         "PREFIX_TUNING", _TOKENS, _prompt_options, frozenset()),
+        ("prompt", "learned embeddings before the sequence (Lester et al. 2021)",
+         "PROMPT_TUNING", _TOKENS, _prompt_options, _RECOMPUTE),
+        ("p-tuning", "embeddings before the sequence, made by a small network (Liu et al. 2021)",
+         "P_TUNING", _TOKENS, _prompt_options, _RECOMPUTE),
     )
-}
+}  # fmt: skip
 
 
 def get(name: str) -> Method:
@@ -214,15 +133,12 @@ def get(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    others = _peft_methods()
-    key = name.lower().replace("-", "_")
+    others = config_classes()
+    key = name.upper().replace("-", "_")
     if key in others:
-        config = others[key][1]
-        has_targets = any(f.name == "target_modules" for f in dataclasses.fields(config))
-        return Method(
-            name, "as PEFT documents it", others[key][0], places=_same_places_as_lora if has_targets else None
-        )
-    raise unknown("method", name, [*METHODS, *others])
+        has_targets = any(f.name == "target_modules" for f in dataclasses.fields(others[key]))
+        return Method(name, "as PEFT documents it", key, model_options=_targets_of_lora if has_targets else None)
+    raise unknown("method", name, [*METHODS, *map(str.lower, others)])
 
 
 def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConfig":
@@ -242,11 +158,13 @@ def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConf
         if option not in row.options:
             raise unknown(f"option of {row.name}", option, row.options)
     values: dict[str, Any] = {**row.defaults, **options}
-    if row.places is not None and not {"target_modules", "target_parameters"} & {k for k, v in options.items() if v}:
-        values = {**row.places(model), **{k: v for k, v in values.items() if k != "target_modules"}}
+    if row.model_options is not None and not {"target_modules", "target_parameters"} & {
+        k for k, v in options.items() if v
+    }:
+        values = {**row.model_options(model), **{k: v for k, v in values.items() if k != "target_modules"}}
         if values.get("target_modules") == []:
             raise RequestError(
-                f"no default place for {row.name} on {type(model).__name__}: name the modules with target_modules"
+                f"no default target for {row.name} on {type(model).__name__}: name the modules with target_modules"
             )
     try:
         return _config_class(row)(task_type="CAUSAL_LM", **values)
@@ -256,18 +174,8 @@ def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConf
         raise RequestError(f"{row.name} refuses its options: {error}") from error
 
 
-def _peft_methods() -> dict[str, tuple[str, type]]:
-    """PEFT's own methods: lower-case name -> (PEFT's key, configuration class)."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    import llm_adapters.bottleneck
-    import llm_adapters.fusion  # noqa: F401  their entries are in PEFT's table only after this
-
-    return {key.value.lower(): (key.value, config) for key, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-
-
 def _config_class(row: Method) -> Any:
-    return _peft_methods()[row.peft_type.lower()][1]
+    return config_classes()[row.peft_type]
 
 
 def _default(entry: "dataclasses.Field[Any]") -> Any:

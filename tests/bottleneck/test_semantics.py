@@ -262,8 +262,8 @@ def test_target_modules_as_regular_expression_full_name_and_longest_ending() -> 
     ]
     by_ending = adapted("llama", insertion={"q_proj": "before", "layers.1.self_attn.q_proj": "after"})
     layers = by_ending.base_model.model.model.layers
-    assert layers[0].self_attn.q_proj.plans["default"].insertion == "before"
-    assert layers[1].self_attn.q_proj.plans["default"].insertion == "after"
+    assert layers[0].self_attn.q_proj.placements["default"].insertion == "before"
+    assert layers[1].self_attn.q_proj.placements["default"].insertion == "after"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

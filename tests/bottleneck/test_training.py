@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tiny import HIDDEN, tiny_model, tiny_tokenizer
 
 from llm_adapters import BottleneckConfig
-from llm_adapters.bottleneck import BottleneckLayer, plan
+from llm_adapters.bottleneck import BottleneckLayer, placements
 
 IDS = ids()
 
@@ -194,8 +194,8 @@ def test_widths_and_counts_follow_from_the_linear(
         target_modules=[name], insertion=insertion, bottleneck_size=size, use_bias=bias, layers=[0]
     )
     width = {"before": (taken, taken), "after": (given_, given_), "parallel": (taken, given_)}[insertion]
-    planned = plan(plain("llama"), config)
-    assert [(p.width, p.output_width) for p in planned.values()] == [width]
+    planned = placements(plain("llama"), config)
+    assert [(p.in_features, p.out_features) for p in planned.values()] == [width]
     model = get_peft_model(fresh("llama"), config)
     count = size * sum(width) + bias * (size + width[1])
     assert model.get_nb_trainable_parameters()[0] == count

@@ -1,239 +1,48 @@
-"""Adapter fusion: what it computes, against plain models with forward hooks, and that it is a PEFT method."""
+"""Adapter fusion is a PEFT method: what holds for every method holds for it."""
 
 import copy
-import inspect
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bottleneck_helpers import (
-    BLOCKS,
-    DEAR,
-    LLAMA_LIKE,
-    OUTPUT_INSIDE,
-    RESIDUAL_INSIDE,
-    adapted,
     assert_unchanged,
-    config_of,
-    delta_of,
     fresh,
     ids,
     plain,
     snapshot,
 )
+from fusion_helpers import (
+    CLOSE,
+    IDS,
+    SOURCES,
+    Sources,
+    config,
+    dear,
+    everything,
+    frozen_parameters,
+    fused,
+    loss_and_gradients,
+    own_parameters,
+    perturb,
+    reference,
+)
 from peft import (
     AutoPeftModelForCausalLM,
-    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
-from tiny import FAMILIES, HIDDEN, LAYERS, save_tiny, tiny_model
+from tiny import FAMILIES, HIDDEN, save_tiny
 from torch import nn
 
-from llm_adapters import BottleneckConfig
-from llm_adapters.bottleneck.wrapper import Tap, Wrapper
+from llm_adapters.bottleneck.wrapper import Tap
 from llm_adapters.errors import RequestError
 from llm_adapters.fusion import FusionConfig, FusionLayer
-
-IDS = ids()
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-everything = pytest.mark.parametrize("family", FAMILIES)
-dear = pytest.mark.parametrize("family", DEAR)
-
-# Three adapters of different kind, size and place: at the attention there are two of them, at the MLP all three.
-SOURCES: dict[str, dict[str, Any]] = {
-    "series": {"insertion": "series", "bottleneck_dropout": 0.5},
-    "parallel": {"insertion": "parallel", "scaling": 2.0, "bottleneck_size": 3, "placement": ["attention", "mlp"]},
-    "learned": {"placement": ["attention", "mlp"], "scaling": "learned", "use_bias": True, "bottleneck_size": 5},
-}
-SCALES = {"series": 1.0, "parallel": 2.0, "learned": 1.0}  # "learned" holds its own
-WHERE = {"series": ["mlp"], "parallel": ["attention", "mlp"], "learned": ["attention", "mlp"]}
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, PeftModel]]:
-    """For a family, the models with the three adapters; each is also saved, in `model.folder`."""
-    made: dict[str, dict[str, PeftModel]] = {}
-
-    def get(family: str) -> dict[str, PeftModel]:
-        if family not in made:
-            made[family] = {}
-            for name, options in SOURCES.items():
-                model = adapted(family, "series", **options)
-                model.folder = str(tmp_path_factory.mktemp(f"{family}-{name}"))
-                model.save_pretrained(model.folder)
-                made[family][name] = model
-        return made[family]
-
-    return get
-
-
-Sources = Callable[[str], dict[str, PeftModel]]
-
-
-def config(sources: Sources, family: str, *names: str, **more: Any) -> FusionConfig:
-    return FusionConfig(adapters=[sources(family)[name].folder for name in names or SOURCES], **more)
-
-
-def perturb(model: nn.Module, name: str = "default", std: float = 0.3) -> None:
-    for key, parameter in model.named_parameters():
-        if any(f".fusion_{what}.{name}." in key for what in ("query", "key", "value")):
-            nn.init.normal_(parameter, std=std)
-
-
-def fused(sources: Sources, family: str, *names: str, **more: Any) -> PeftModel:
-    """A copy of the base model with a fusion whose own weights are away from their start."""
-    model = get_peft_model(fresh(family), config(sources, family, *names, **more))
-    perturb(model)
-    return model.eval()
-
-
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if any(f".fusion_{what}." in name for what in ("query", "key", "value"))
-    }
-
-
-def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if ".fusion_adapters." in name}
-
-
-def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(IDS, labels=IDS).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-# --- what it computes
-
-
-def hook_sublayer(layer: nn.Module, block: Any, addition: Callable[..., torch.Tensor], residual_inside: bool) -> None:
-    """Make a plain layer's sub-layer return ``x + addition(x, h)``, x its output and h its input."""
-    if isinstance(block, tuple):
-        first, last = (layer.get_submodule(name) for name in block)
-        seen: list[torch.Tensor] = []
-        first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        last.register_forward_hook(lambda module, args, x: x + addition(x, seen.pop()))
-        return
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        out = output[0] if isinstance(output, tuple) else output
-        x = out - given["residual"] if residual_inside else out
-        out = out + addition(x, next(iter(given.values())))
-        return (out, *output[1:]) if isinstance(output, tuple) else out
-
-    layer.get_submodule(block).register_forward_hook(hook, with_kwargs=True)
-
-
-def reference(family: str, model: PeftModel, adapters: dict[str, PeftModel], name: str = "default") -> torch.Tensor:
-    """The equations of the paper on the plain model, with the deltas of the adapters' own models."""
-    expected = copy.deepcopy(plain(family))
-    stack, *blocks = BLOCKS.get(family, LLAMA_LIKE)
-    state = model.state_dict()
-    for index, layer in enumerate(expected.get_submodule(stack)):
-        for placement, block in zip(("attention", "mlp"), blocks, strict=True):
-            inside = (family, placement) in RESIDUAL_INSIDE
-            output = block[-1] if isinstance(block, tuple) else block + OUTPUT_INSIDE.get((family, placement), "")
-            place = f"{stack}.{index}.{output}"
-            here = [n for n in adapters if placement in WHERE[n]]
-            if not here:
-                continue
-            deltas = {n: delta_of(adapters[n], place, scale=SCALES[n]) for n in here}
-            q, k, v = (state[f"base_model.model.{place}.fusion_{w}.{name}.weight"].T for w in ("query", "key", "value"))
-
-            def addition(x: torch.Tensor, h: torch.Tensor, deltas: Any = deltas, q=q, k=k, v=v) -> torch.Tensor:
-                z = [delta(h if n == "parallel" else x) for n, delta in deltas.items()]
-                weights = torch.stack([((x @ q) * (z_n @ k)).sum(-1) for z_n in z]).softmax(0)
-                return sum(w.unsqueeze(-1) * (z_n @ v) for w, z_n in zip(weights, z, strict=True))
-
-            hook_sublayer(layer, block, addition, inside)
-    return expected(IDS).logits
-
-
-@pytest.mark.proves("formula", method="fusion")
-@everything
-@torch.no_grad()
-def test_matches_hooks_on_the_plain_model(sources: Sources, family: str) -> None:
-    model = fused(sources, family)
-    logits = model(IDS).logits
-    torch.testing.assert_close(logits, reference(family, model, sources(family)), **CLOSE)
-    assert (logits - plain(family)(IDS).logits).abs().max() > 0.01
-    assert sum(isinstance(m, FusionLayer) for m in model.modules()) == 2 * LAYERS
-    perturb(model)  # other weights are told apart
-    assert (logits - model(IDS).logits).abs().max() > 0.001
-
-
-@pytest.mark.parametrize("kind", ["series", "parallel", "learned"])
-@dear
-@torch.no_grad()
-def test_one_adapter_with_the_identity_as_value_is_that_adapter(sources: Sources, family: str, kind: str) -> None:
-    model = fused(sources, family, kind)
-    for key, parameter in model.named_parameters():
-        if "fusion_value" in key:
-            assert not torch.equal(parameter, torch.eye(HIDDEN))
-            nn.init.eye_(parameter)
-    expected = sources(family)[kind](IDS).logits
-    assert (expected - plain(family)(IDS).logits).abs().max() > 0.01
-    torch.testing.assert_close(model(IDS).logits, expected, **CLOSE)
-
-
-@torch.no_grad()
-def test_starts_as_a_weighted_mean_of_the_adapters(sources: Sources) -> None:
-    """So an adapter fused with itself is that adapter, whatever the attention says."""
-    model = get_peft_model(fresh("llama"), config(sources, "llama", "series", "series", "series")).eval()
-    values = [p for n, p in model.named_parameters() if "fusion_value" in n]
-    assert len(values) == LAYERS
-    assert all(torch.equal(value, torch.eye(HIDDEN)) for value in values)
-    for what in ("query", "key"):  # 2048 draws: the standard error of the deviation is 3.1e-4
-        drawn = torch.cat([p.flatten() for n, p in model.named_parameters() if f"fusion_{what}" in n])
-        assert drawn.std().item() == pytest.approx(0.02, abs=1.5e-3)
-        assert drawn.mean().item() == pytest.approx(0, abs=2e-3)
-    torch.testing.assert_close(model(IDS).logits, sources("llama")["series"](IDS).logits, **CLOSE)
-
-
-@torch.no_grad()
-def test_adapters_on_linears(tmp_path: Path) -> None:
-    """Two on the same linear, one reading its input and one its output, of another width."""
-    base = fresh("llama")
-    folders = []
-    for insertion in ("parallel", "after"):
-        made = get_peft_model(
-            fresh("llama"), BottleneckConfig(target_modules=["up_proj"], insertion=insertion, bottleneck_size=4)
-        )
-        for parameter in (p for n, p in made.named_parameters() if "bottleneck_" in n):
-            nn.init.normal_(parameter, std=0.3)
-        made.save_pretrained(tmp_path / insertion)
-        folders.append(made)
-    model = get_peft_model(base, FusionConfig(adapters=[tmp_path / "parallel", tmp_path / "after"])).eval()
-    perturb(model)
-    expected = copy.deepcopy(plain("llama"))
-    for index, layer in enumerate(expected.model.layers):
-        place = f"model.layers.{index}.mlp.up_proj"
-        beside, after = (delta_of(made, place) for made in folders)
-        state = model.state_dict()
-        q, k, v = (state[f"base_model.model.{place}.fusion_{w}.default.weight"] for w in ("query", "key", "value"))
-
-        def hook(module: nn.Module, args: Any, x: torch.Tensor, b=beside, a=after, q=q, k=k, v=v) -> torch.Tensor:
-            z = torch.stack([b(args[0]), a(x)], -2)
-            s = torch.einsum("bti,btni->btn", x @ q.T, z @ k.T).softmax(-1)
-            return x + torch.einsum("btn,btni->bti", s, z @ v.T)
-
-        layer.mlp.up_proj.register_forward_hook(hook)
-    torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, **CLOSE)
-    assert (model(IDS).logits - plain("llama")(IDS).logits).abs().max() > 0.01
-
-
-# --- a PEFT method
 
 
 @pytest.mark.proves("disabled is the base", "unloads", method="fusion")
@@ -473,7 +282,9 @@ def test_several_fusions_on_one_model(sources: Sources, family: str) -> None:
 @torch.no_grad()
 def test_active_fusions_add_up(sources: Sources, family: str) -> None:
     model = two_fusions(sources, family)
-    layer = next(m for m in model.modules() if isinstance(m, FusionLayer) and len(m.plans["default"].adapters) == 3)
+    layer = next(
+        m for m in model.modules() if isinstance(m, FusionLayer) and len(m.placements["default"].adapters) == 3
+    )
     hidden = torch.randn(2, 3, layer.base_layer.in_features if family == "opt" else HIDDEN)
 
     def out(*names: str) -> torch.Tensor:
@@ -537,120 +348,3 @@ def test_a_layer_compiles_without_a_break(sources: Sources) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(hidden), layer(hidden), atol=1e-6, rtol=1e-6)
-
-
-# --- what is refused, in a sentence, with nothing changed
-
-
-def refused(match: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(RequestError, match=match) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
-
-
-def test_what_cannot_be_fused(sources: Sources, tmp_path: Path) -> None:
-    good = sources("llama")["series"].folder
-    refused("adapters is empty: name at least one folder", FusionConfig)
-    refused("adapters is empty", FusionConfig, adapters=[])
-    refused("adapters is 3: a list of folders", FusionConfig, adapters=3)
-    refused(r"adapters is \[.*, 3\]: a list of folders", FusionConfig, adapters=[good, 3])
-    refused("there is no adapter folder '.*nowhere'", FusionConfig, adapters=[good, tmp_path / "nowhere"])
-    (tmp_path / "empty").mkdir()
-    refused("'.*empty' is not an adapter: it has no adapter_config.json", FusionConfig, adapters=[tmp_path / "empty"])
-    lora = get_peft_model(fresh("llama"), LoraConfig(target_modules=["q_proj"]))
-    lora.save_pretrained(tmp_path / "lora")
-    refused("'.*lora' holds a LORA adapter: only series and parallel", FusionConfig, adapters=[tmp_path / "lora"])
-    fused(sources, "llama").save_pretrained(tmp_path / "fusion")
-    refused("'.*fusion' holds a FUSION adapter", FusionConfig, adapters=[good, tmp_path / "fusion"])
-    head = get_peft_model(
-        tiny_model("llama", tie_word_embeddings=False), config_of("series", "llama", modules_to_save=["lm_head"])
-    )
-    head.save_pretrained(tmp_path / "head")
-    refused(r"'.*head' trained whole modules beside it \(lm_head\)", FusionConfig, adapters=[tmp_path / "head"])
-    shutil.copytree(good, tmp_path / "bare")
-    (tmp_path / "bare" / "adapter_model.safetensors").unlink()
-    refused("'.*bare' holds no weights", FusionConfig, adapters=[tmp_path / "bare"])
-
-
-def test_a_folder_of_a_run_is_that_of_its_adapter(sources: Sources, tmp_path: Path) -> None:
-    shutil.copytree(sources("llama")["series"].folder, tmp_path / "run" / "adapter")
-    model = get_peft_model(fresh("llama"), FusionConfig(adapters=str(tmp_path / "run"))).eval()
-    torch.testing.assert_close(model(IDS).logits, sources("llama")["series"](IDS).logits, **CLOSE)
-
-
-UP = r"model\.layers\.0\.mlp\.up_proj"
-MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    # the base that the adapter was trained on, the adapter, the message on the usual base
-    "another width": ({"hidden_size": 64}, {}, r"adapter '.*' does not fit the model: .* has shape \(6, 64\) instead"),
-    "fewer layers": ({"num_hidden_layers": 1}, {}, r"does not fit the model: it has no .*layers\.1\."),
-    "more layers": ({"num_hidden_layers": 3}, {}, r"does not fit the model: it has 2 tensors too many, first .*\.2\."),
-    "a layer too many": ({"num_hidden_layers": 3}, {"layers": [2]}, "layer 2 does not exist"),
-    "into an input": ({}, {"insertion": {"up_proj": "before"}}, f"changes the input of {UP}"),
-    "inside another": (
-        {},
-        {"insertion": {"up_proj": "after"}},
-        f"target {UP} lies inside target",
-    ),
-}
-
-
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_adapters_that_do_not_fit(sources: Sources, misfit: str, tmp_path: Path) -> None:
-    base, options, message = MISFITS[misfit]
-    other = get_peft_model(tiny_model("llama", **base), BottleneckConfig(**{"bottleneck_size": 6, **options}))
-    other.save_pretrained(tmp_path)
-    chosen = FusionConfig(adapters=[sources("llama")["series"].folder, tmp_path])
-    target = fresh("llama")
-    before = snapshot(target)
-    refused(message, get_peft_model, target, chosen)
-    assert_unchanged(target, before)
-    model = fused(sources, "llama")
-    before = snapshot(model)
-    message += "|the inside of .* belongs to another adapter"
-    refused(message, model.add_adapter, "second", FusionConfig(adapters=[tmp_path, sources("llama")["series"].folder]))
-    assert_unchanged(model, before)
-
-
-@pytest.mark.parametrize("damage", ["missing own", "missing fused", "extra", "shape"])
-def test_checkpoints_that_do_not_fit(sources: Sources, damage: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    fused(sources, "llama").save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    own, inner = (min(k for k in tensors if f".fusion_{what}." in k) for what in ("value", "adapters"))
-    if damage == "extra":
-        tensors[own.replace("value", "valve")] = torch.zeros(1)
-    elif damage == "shape":
-        tensors[inner] = tensors[inner][..., :1].contiguous()
-    else:
-        del tensors[own if damage == "missing own" else inner]
-    save_file(tensors, file)
-    base = fresh("llama")
-    before = snapshot(base)
-    refused("the checkpoint", PeftModel.from_pretrained, base, tmp_path)
-    assert_unchanged(base, before)
-
-
-def test_beside_a_bottleneck_adapter(sources: Sources) -> None:
-    from peft import inject_adapter_in_model
-
-    base = adapted("llama", "series").base_model.model
-    before = snapshot(base)
-    refused(
-        r"target model\.layers\.0\.mlp already has an adapter of another method \(BottleneckLayer\)",
-        inject_adapter_in_model,
-        config(sources, "llama", "series"),
-        base,
-        adapter_name="fusion",
-    )
-    assert snapshot(base)["classes"] == before["classes"]
-
-
-def test_weights_that_never_came_are_not_numbers(sources: Sources) -> None:
-    """A saved configuration alone has no weights for its adapters: nothing may be computed with a random start."""
-    saved = FusionConfig(adapters=config(sources, "llama").adapters)
-    model = get_peft_model(fresh("llama"), saved)
-    assert model(IDS).logits.isnan().any()
-    assert sum(isinstance(m, Wrapper) for m in model.modules()) == 2 * LAYERS

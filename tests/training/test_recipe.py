@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_model
 
 from llm_adapters import methods
-from llm_adapters.bottleneck.model import plan
+from llm_adapters.bottleneck import placements
 from llm_adapters.errors import RequestError
 from llm_adapters.training.recipe import Recipe, load_recipe
 
@@ -69,7 +69,9 @@ def test_every_shipped_recipe_fits_a_model_of_its_family(file: Path) -> None:
     config = methods.adapter_config(recipe.adapter.method, model, **recipe.adapter.options)
     if config.peft_type.value == "BOTTLENECK":
         per_layer = {"series": 1, "parallel": 1} if "smollm2" in file.stem else PAPER_PLACES
-        assert len(plan(model, config)) == 2 * per_layer[file.stem.removeprefix("smollm2-gsm8k-")]  # in both layers
+        assert (
+            len(placements(model, config)) == 2 * per_layer[file.stem.removeprefix("smollm2-gsm8k-")]
+        )  # in both layers
 
 
 def test_the_demo_trains_what_its_recipe_says() -> None:

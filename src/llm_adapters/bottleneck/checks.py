@@ -1,4 +1,4 @@
-"""What can be wrong with a request to the bottleneck method, each said in a sentence before anything has changed."""
+"""Checks of a request to the bottleneck method, each before anything has changed, with a sentence for what is wrong."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,15 +8,15 @@ from peft import PeftConfig
 from torch import nn
 
 from llm_adapters.bottleneck.wrapper import Wrapper
+from llm_adapters.compat.peft import NO_ADAPTER
 from llm_adapters.errors import RequestError
 
-BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 _CLASSIFIERS = {"classifier", "score"}  # PEFT adds both for classification, whichever the model has
 _PEFT_PREFIX = "base_model.model."
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names in a sentence."""
+    """Names, for a sentence."""
     return ", ".join(sorted(names)) or "none"
 
 
@@ -24,11 +24,11 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     """Refuse a name with which PEFT would mix up this adapter's tensors and the model's own when it saves.
 
     Raises:
-        RequestError: the name has a dot, is `BASE`, or is that of a module or parameter of the model.
+        RequestError: the name has a dot, is `NO_ADAPTER`, or is that of a module or parameter of the model.
     """
     if "." in name or not name:
         raise RequestError(f"the adapter's name {name!r} is empty or has a dot: choose one without")
-    taken = {BASE}
+    taken = {NO_ADAPTER}
     for module in model.modules():
         if not isinstance(module, nn.ModuleDict | nn.ParameterDict):  # these hold the names of other adapters
             taken |= module._modules.keys() | module._parameters.keys()
@@ -63,7 +63,7 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig, targets: Iterabl
 
 
 def check_keys(state_dict: Mapping[str, Any] | None, prefix: str, targets: Iterable[str]) -> None:
-    """Refuse a state dict, given to say where adapters go, that names other modules than the configuration does.
+    """Refuse a state dict, given to say which modules are adapted, that names others than the configuration does.
 
     Raises:
         RequestError: a module of the state dict gets no adapter.
@@ -112,16 +112,17 @@ def check_adapter_names(names: Any, adapters: Iterable[str], training: bool) -> 
     """Refuse `adapter_names` that are not a list of the model's adapters, or come while training.
 
     Raises:
-        RequestError: which of these.
+        RequestError: which of these it is.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise RequestError(f"adapter_names is {names!r}: give a list with one adapter's name per sequence")
     if training:
         raise RequestError("adapter_names routes sequences at inference only: call model.eval() first")
-    missing = sorted(set(names) - set(adapters) - {BASE})
+    missing = sorted(set(names) - set(adapters) - {NO_ADAPTER})
     if missing:
         raise RequestError(
-            f"adapter_names has {', '.join(map(repr, missing))}: the model has {listed(adapters)}, and {BASE} for none"
+            f"adapter_names has {', '.join(map(repr, missing))}: "
+            f"the model has {listed(adapters)}, and {NO_ADAPTER} for none"
         )
 
 

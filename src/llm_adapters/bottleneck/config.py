@@ -3,7 +3,7 @@
 import enum
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,21 +20,20 @@ class BottleneckType(str, enum.Enum):  # noqa: UP042  PEFT and transformers want
 
 
 # Where the delta goes at one module: into its input, onto its output, or beside it.
-BEFORE, AFTER, PARALLEL = "before", "after", "parallel"
-INSERTIONS = ("series", PARALLEL, BEFORE, AFTER)
+INSERT_BEFORE, INSERT_AFTER, INSERT_PARALLEL = "before", "after", "parallel"
+INSERTIONS = ("series", INSERT_PARALLEL, INSERT_BEFORE, INSERT_AFTER)
 INITIALISATIONS = ("identity", "paper")
 
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """What the configurations of this package's methods share: what their tuner keeps on them, beside the fields."""
+    """Base of the configurations of this package's methods."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # Only decoders are supported, and without a task type PEFT would lose `generate`'s adapter routing.
         self.task_type: str = self.task_type or "CAUSAL_LM"
         self.from_folder = False  # read together with weights, which are still to come
-        self.undo: Callable[[], None] | None = None  # takes the adapter out again should they not fit
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> PeftConfig:
@@ -50,7 +49,7 @@ class BottleneckConfig(AdapterConfig):
 
     Series adapters (Houlsby et al. 2019; arXiv 2304.01933, eq. 2) act on a sub-layer's output before the residual is
     added, ``out <- out + s * delta(out)``. Parallel adapters (He et al. 2022; arXiv 2304.01933, eq. 4) run from the
-    sub-layer's input to its output, ``out <- out + s * delta(in)``. Where that is on the model at hand comes from its
+    sub-layer's input to its output, ``out <- out + s * delta(in)``. The modules of the model at hand come from its
     architecture row. `target_modules` places the same network on any linear layers instead, as the paper's code does.
 
     Args:
@@ -92,10 +91,10 @@ class BottleneckConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BottleneckType.BOTTLENECK
-        self._check_where()
+        self._check_target()
         self._check_network()
 
-    def _check_where(self) -> None:
+    def _check_target(self) -> None:
         placement = names_in("placement", self.placement)
         if not placement:
             raise RequestError("placement is empty: choose attention, mlp or both")
@@ -114,7 +113,7 @@ class BottleneckConfig(AdapterConfig):
         for value in self.insertion.values() if isinstance(self.insertion, dict) else [self.insertion]:
             if value not in INSERTIONS:
                 raise unknown("insertion", value, INSERTIONS)
-        if self.target_modules is None and self.insertion in (BEFORE, AFTER):
+        if self.target_modules is None and self.insertion in (INSERT_BEFORE, INSERT_AFTER):
             raise RequestError(
                 f"insertion {self.insertion!r} is for a linear layer: name it with target_modules, "
                 "or use 'series' or 'parallel' with placement"
@@ -127,7 +126,7 @@ class BottleneckConfig(AdapterConfig):
             except re.error as error:
                 raise RequestError(
                     f"target_modules is {self.target_modules!r}, which is no regular expression ({error}): "
-                    "mend it, or give a list of names"
+                    "fix it, or give a list of names"
                 ) from None
         if self.layers is not None:
             if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
@@ -152,7 +151,7 @@ class BottleneckConfig(AdapterConfig):
             raise unknown("non_linearity", self.non_linearity, ACT2FN)
         if any(True for _ in ACT2FN[self.non_linearity].parameters()):
             raise RequestError(
-                f"non_linearity {self.non_linearity!r} has weights of its own, for which an adapter has no place: "
+                f"non_linearity {self.non_linearity!r} has weights of its own, which an adapter cannot hold: "
                 "choose another, such as tanh, relu or gelu_new"
             )
         if self.scaling != "learned":
@@ -176,13 +175,21 @@ class BottleneckConfig(AdapterConfig):
             raise unknown("init_weights", self.init_weights, INITIALISATIONS)
 
     def insertion_at(self, target: str) -> str:
-        """Whether the delta goes ``before``, ``after`` or ``parallel`` to the module named by `target`."""
+        """Insertion at the module named by `target`: ``before``, ``after`` or ``parallel``."""
         value = self.insertion[target] if isinstance(self.insertion, dict) else self.insertion
-        return AFTER if value == "series" else value
+        return INSERT_AFTER if value == "series" else value
 
 
 def names_in(field_name: str, value: Any) -> list[str]:
-    """The names in `value`, which may be one name alone."""
+    """List of the names in `value`, which may be one name alone.
+
+    Args:
+        field_name: the option's name, for the message.
+        value: what was given for it.
+
+    Raises:
+        RequestError: it holds anything but names.
+    """
     names: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [None]
     if not all(isinstance(name, str) for name in names):
         raise RequestError(f"{field_name} is {value!r}: a name, or a list of names, is allowed")

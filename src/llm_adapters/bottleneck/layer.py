@@ -8,8 +8,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from llm_adapters.bottleneck import prefix
-from llm_adapters.bottleneck.config import AFTER, BEFORE, PARALLEL, BottleneckConfig
-from llm_adapters.bottleneck.wrapper import Plan, Wrapper, source
+from llm_adapters.bottleneck.config import INSERT_AFTER, INSERT_BEFORE, INSERT_PARALLEL, BottleneckConfig
+from llm_adapters.bottleneck.wrapper import Placement, Wrapper, source
 
 
 class Bottlenecks(nn.Module):
@@ -23,10 +23,10 @@ class Bottlenecks(nn.Module):
         self.options: dict[str, BottleneckConfig] = {}
         self.activations: dict[str, nn.Module] = {}
 
-    def add_network(self, name: str, plan: Plan, config: BottleneckConfig) -> None:
-        """Add a network with its initial weights, as wide as `plan` says."""
-        self.bottleneck_down[name] = nn.Linear(plan.width, config.bottleneck_size, bias=config.use_bias)
-        self.bottleneck_up[name] = nn.Linear(config.bottleneck_size, plan.output_width, bias=config.use_bias)
+    def add_network(self, name: str, placement: Placement, config: BottleneckConfig) -> None:
+        """Add a network with its initial weights, as wide as `placement` says."""
+        self.bottleneck_down[name] = nn.Linear(placement.in_features, config.bottleneck_size, bias=config.use_bias)
+        self.bottleneck_up[name] = nn.Linear(config.bottleneck_size, placement.out_features, bias=config.use_bias)
         if config.scaling == "learned":
             self.bottleneck_scale[name] = nn.Parameter(torch.ones(1))
         self.options[name] = config
@@ -50,10 +50,10 @@ class Bottlenecks(nn.Module):
 
         Args:
             name: the network's name.
-            h: (..., width), in the network's own precision.
+            h: (..., in_features), in the network's own precision.
 
         Returns:
-            (..., output width), likewise.
+            (..., out_features), likewise.
         """
         config = self.options[name]
         h = nn.functional.dropout(h, config.bottleneck_dropout, self.training)
@@ -70,12 +70,12 @@ class BottleneckLayer(Bottlenecks, Wrapper):
     ``y <- y + s * delta(h)``. Each network is ``delta(h) = f(dropout(h) W_down) W_up``, computed in the adapter's own
     precision and cast to that of the stream it is added to.
 
-    A prefix, (2, heads, length, width), is further keys and values of an attention block, which every token sees, as if
-    all were at the tokens' own start (Li and Liang 2021; He et al. 2022, eq. 5).
+    A prefix, (2, num_key_value_heads, prefix_length, head_dim), is further keys and values of an attention block, which
+    every token sees, as if all were at the tokens' own start (Li and Liang 2021; He et al. 2022, eq. 5).
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale", "bottleneck_prefix")
-    other_param_names = ("plans", "options", "activations")
+    other_param_names = ("placements", "options", "activations")
     merge_refused = (
         "a bottleneck adapter cannot be merged: its non-linearity has no equal among the base model's weights. Keep it "
         "beside the base model (save_pretrained and PeftModel.from_pretrained), or train LoRA, which can be merged"
@@ -85,21 +85,21 @@ class BottleneckLayer(Bottlenecks, Wrapper):
         super().__init__(base_layer)
         self.bottleneck_prefix = nn.ParameterDict()
 
-    def update_layer(self, adapter_name: str, plan: Plan, config: BottleneckConfig) -> None:
+    def update_layer(self, adapter_name: str, placement: Placement, config: BottleneckConfig) -> None:
         """Add the adapter `adapter_name` to this module.
 
         Args:
             adapter_name: PEFT's name of the adapter.
-            plan: where its delta goes and how wide it is.
+            placement: its insertion and sizes here.
             config: its hyper-parameters.
         """
-        if plan.insertion:
-            self.add_network(adapter_name, plan, config)
-        if plan.prefix is not None:
-            heads, width = plan.prefix
-            self.bottleneck_prefix[adapter_name] = nn.Parameter(torch.empty(2, heads, config.prefix_length, width))
+        if placement.insertion:
+            self.add_network(adapter_name, placement, config)
+        if placement.prefix is not None:
+            heads, head_dim = placement.prefix
+            self.bottleneck_prefix[adapter_name] = nn.Parameter(torch.empty(2, heads, config.prefix_length, head_dim))
             nn.init.normal_(self.bottleneck_prefix[adapter_name], std=0.02)
-        self.plans[adapter_name] = plan
+        self.placements[adapter_name] = placement
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -108,10 +108,10 @@ class BottleneckLayer(Bottlenecks, Wrapper):
 
         Args:
             adapter_name: PEFT's name of the adapter.
-            sources: what it reads, one tensor (..., plan.width) of any precision.
+            sources: what it reads, one tensor (..., placement.in_features) of any precision.
 
         Returns:
-            (..., plan.output_width).
+            (..., placement.out_features).
         """
         (hidden,) = sources
         return self.network(
@@ -128,12 +128,12 @@ class BottleneckLayer(Bottlenecks, Wrapper):
         hidden = args[0] if args else kwargs["hidden_states"]
         seen = [None if self.routing is None else self.routed(name, hidden) for name in names]
         prefixes = [self.bottleneck_prefix[name] for name in names]
-        return prefix.put(self.base_layer, args, kwargs, list(zip(prefixes, seen, strict=True)))
+        return prefix.prepend(self.base_layer, args, kwargs, list(zip(prefixes, seen, strict=True)))
 
     def change_input(self, names: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
         """The module's input after the ``before`` adapters, each of which reads the unchanged one."""
         changed = hidden
-        for name in self._with(names, BEFORE):
+        for name in self._with(names, INSERT_BEFORE):
             changed = self.add(name, changed, hidden)
         return changed
 
@@ -141,9 +141,9 @@ class BottleneckLayer(Bottlenecks, Wrapper):
         self, names: Sequence[str], out: torch.Tensor, hidden: torch.Tensor, tapped: torch.Tensor | None
     ) -> torch.Tensor:
         """The module's output after the series adapters, one after the other, and the parallel ones."""
-        for name in (*self._with(names, AFTER), *self._with(names, PARALLEL)):
-            out = self.add(name, out, source(self.plans[name], out, hidden, tapped))
+        for name in (*self._with(names, INSERT_AFTER), *self._with(names, INSERT_PARALLEL)):
+            out = self.add(name, out, source(self.placements[name], out, hidden, tapped))
         return out
 
     def _with(self, names: Sequence[str], insertion: str) -> list[str]:
-        return [name for name in names if self.plans[name].insertion == insertion]
+        return [name for name in names if self.placements[name].insertion == insertion]

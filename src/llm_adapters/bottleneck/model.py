@@ -1,10 +1,11 @@
-"""The tuner: finds the places in a model and puts bottleneck layers there."""
+"""The tuner: finds the target modules in a model and wraps them with bottleneck layers."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftConfig
@@ -13,10 +14,17 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from llm_adapters.bottleneck import checks
+from llm_adapters.bottleneck.config import BottleneckConfig, BottleneckType
 from llm_adapters.bottleneck.layer import BottleneckLayer
-from llm_adapters.bottleneck.places import plan
+from llm_adapters.bottleneck.placement import placements
 from llm_adapters.bottleneck.wrapper import Wrapper, install_tap, move_taps, remove_unused
+from llm_adapters.compat.peft import routed_module_copies
+from llm_adapters.compat.transformers import forget_adapters
 from llm_adapters.errors import RequestError
+
+# Adapters whose weights are still to come from a file, and can turn out not to fit: by model and adapter name, the ids
+# of the parameters that were trained before. No attribute of the tuner, as transformers' `load_adapter` keeps none.
+_pending: WeakKeyDictionary[nn.Module, dict[str, set[int]]] = WeakKeyDictionary()
 
 
 class BottleneckModel(BaseTuner):
@@ -29,16 +37,17 @@ class BottleneckModel(BaseTuner):
         low_cpu_mem_usage: create the adapter on the meta device, for a checkpoint that follows.
     """
 
+    key: Any = BottleneckType.BOTTLENECK
+    config_class: type[PeftConfig] = BottleneckConfig
     prefix = "bottleneck_"
     tuner_layer_cls: type[Wrapper] = BottleneckLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  the architecture rows say where
-    _plans: dict[str, Any] = {}  # noqa: RUF012  replaced while an adapter is injected
+    _placements: dict[str, Any] = {}  # noqa: RUF012  replaced while an adapter is injected
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` arrives here only for MPT, whose routing PEFT leaves out."""
-        for config in self.peft_config.values():
-            if getattr(config, "undo", None) is not None:
-                config.undo = None  # an adapter that has run is not one whose weights are still to come
+        if self.model in _pending:
+            del _pending[self.model]  # an adapter that has run is not one whose weights are still to come
         if adapter_names is None:
             return self.model(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
@@ -48,38 +57,22 @@ class BottleneckModel(BaseTuner):
         """Add the adapter, or leave the model as it was and say in one sentence why not."""
         config = self.peft_config[adapter_name]
         targets = config.target_modules
-        undo = partial(self._undo, model, adapter_name, {id(p) for p in model.parameters() if p.requires_grad})
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         try:
             checks.check_adapter_name(model, adapter_name)
             remove_unused(model)
-            self._plans = self._plan(model, config)
-            checks.check_modules_to_save(model, config, self._plans)
-            checks.check_keys(kwargs.get("state_dict"), self.prefix, self._plans)
+            self._placements = self._find(model, config)
+            checks.check_modules_to_save(model, config, self._placements)
+            checks.check_keys(kwargs.get("state_dict"), self.prefix, self._placements)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            undo()
+            _take_out(model, self.peft_config, adapter_name, trained)
             raise
         finally:
             config.target_modules = targets  # PEFT shortens a long list, which would no longer match `insertion`
-            self._plans = {}
-        # Weights that are still to come from a file can turn out not to fit.
-        config.undo = undo if config.inference_mode or config.from_folder else None
-
-    def _undo(self, model: nn.Module, adapter_name: str, trainable: set[int]) -> None:
-        """Take the adapter out of `model` and restore which of the model's parameters are trained."""
-        self.peft_config.pop(adapter_name, None)
-        if not self.peft_config:
-            self.unload()
-            vars(model).pop("_hf_peft_config_loaded", None)  # transformers sets it before it tries
-        for module in model.modules():
-            if isinstance(module, Wrapper):
-                module.discard(adapter_name)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
-        _unwrap_copies(model, every=False)
-        remove_unused(model)
-        for parameter in model.parameters():
-            parameter.requires_grad = id(parameter) in trainable
+            self._placements = {}
+        if config.inference_mode or config.from_folder:
+            _pending.setdefault(model, {})[adapter_name] = trained
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -87,14 +80,14 @@ class BottleneckModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Match a checkpoint's tensors with the model's, all of them: PEFT alone would leave the rest as they are."""
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trained = _pending.get(base, {}).pop(adapter_name, None)
         try:
             checks.check_checkpoint(model, adapter_name, result)
         except RequestError:
-            if config.undo is not None:
-                config.undo()
+            if trained is not None:
+                _take_out(base, model.peft_config, adapter_name, trained)
             raise
-        finally:
-            config.undo = None
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -108,16 +101,16 @@ class BottleneckModel(BaseTuner):
         if adapter_name in active and left:  # PEFT asks the first layer alone, which may have had no other adapter
             self.set_adapter(left)
 
-    def _plan(self, model: nn.Module, config: Any) -> dict[str, Any]:
-        """What the adapter does at which module: by the module's full name, what the layer's `update_layer` takes."""
-        return plan(model, config)
+    def _find(self, model: nn.Module, config: Any) -> dict[str, Any]:
+        """Placement of the adapter by the module's full name, as the layer's `update_layer` takes it."""
+        return placements(model, config)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         # Outside of an injection, PEFT asks it to show what matches.
-        return key in (self._plans or self._plan(self.model, peft_config))
+        return key in (self._placements or self._find(self.model, peft_config))
 
     def _create_and_replace(
         self,
@@ -130,7 +123,7 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
-        here = self._plans[current_key]
+        here = self._placements[current_key]
         layer.update_layer(adapter_name, here, peft_config)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -180,22 +173,33 @@ class BottleneckModel(BaseTuner):
         else:  # `forward`, whose inputs PEFT doesn't show here
             handles.append(self.model.register_forward_pre_hook(partial(checks.check_forward, names), with_kwargs=True))
         layers = [m for m in self.model.modules() if isinstance(m, Wrapper)]
-        copies = {m: m._active_adapter for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)}
         try:
             for layer in layers:
                 layer.routing = tuple(names)
-            for module in copies:  # PEFT routes nothing through one that the active adapter has no copy of
-                module._active_adapter = sorted(module._adapters)[:1]
-                handles.append(module.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True))
-            yield
+            with routed_module_copies(self.model, names):
+                yield
         finally:
             for layer in layers:
                 layer.routing = None
                 layer.tapped = None
-            for module, active in copies.items():
-                module._active_adapter = active
             for handle in handles:
                 handle.remove()
+
+
+def _take_out(model: nn.Module, configs: dict[str, PeftConfig], adapter_name: str, trained: set[int]) -> None:
+    """Take an adapter out of `model` and of `configs`; the parameters with an id in `trained` are trained again."""
+    configs.pop(adapter_name, None)
+    if not configs:
+        forget_adapters(model)
+    for module in model.modules():
+        if isinstance(module, Wrapper):
+            module.discard(adapter_name)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
+    _unwrap_copies(model, every=not configs)
+    remove_unused(model)
+    for parameter in model.parameters():
+        parameter.requires_grad = id(parameter) in trained
 
 
 def _unwrap_copies(model: nn.Module, every: bool) -> None:
@@ -204,10 +208,3 @@ def _unwrap_copies(model: nn.Module, every: bool) -> None:
         if isinstance(module, ModulesToSaveWrapper) and (every or not module.modules_to_save):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.original_module)
-
-
-def _pass_names(names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hand the names to a module that `modules_to_save` copied, once per row (beams multiply the rows)."""
-    repeats = args[0].shape[0] // len(names) if args else 1
-    own = [name if name in module._adapters else checks.BASE for name in names for _ in range(repeats)]
-    return args, {**kwargs, "adapter_names": own}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.compat.transformers import attention_implementation
 from llm_adapters.errors import RequestError
 
 _CACHES = ("cache", "past_key_values", "layer_past")  # what the families and releases of transformers call it
@@ -34,7 +35,11 @@ class PrefixedCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prefix, then what the real cache makes of the new keys and values, each (batch, heads, keys, width)."""
+        """Prefix, then what the real cache makes of the new `keys` and `values`.
+
+        Returns:
+            Keys and values, each (batch, num_key_value_heads, keys, head_dim).
+        """
         if self.cache is not None:
             keys, values = self.cache.update(keys, values, *args, **kwargs)
         before = self.prefix.to(keys.dtype).unsqueeze(1).expand(2, keys.shape[0], *self.prefix.shape[1:])
@@ -42,7 +47,7 @@ class PrefixedCache:
 
 
 def shape_of(name: str, block: nn.Module, settings: Any) -> tuple[int, int]:
-    """Number of heads and their width in the keys of an attention block.
+    """Number of key-value heads of an attention block and their size, (num_key_value_heads, head_dim).
 
     Args:
         name: the block's name, for the message.
@@ -51,7 +56,7 @@ def shape_of(name: str, block: nn.Module, settings: Any) -> tuple[int, int]:
 
     Raises:
         RequestError: the block can use no cache, and so no prefix; or it has ALiBi as Falcon and MPT compute it, where
-            the prefix would lie farther off the more padding there is.
+            the prefix would be farther away the more padding there is.
     """
     parameters = inspect.signature(block.forward).parameters
     if getattr(settings, "alibi", False) or "position_bias" in parameters:
@@ -65,30 +70,30 @@ def shape_of(name: str, block: nn.Module, settings: Any) -> tuple[int, int]:
             "prefix needs: leave prefix_length at 0"
         )
     heads = settings.num_attention_heads
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     if getattr(settings, "multi_query", False) and not getattr(settings, "new_decoder_architecture", False):
-        return 1, width  # Falcon, whose newer form repeats the keys for every head before it caches them
-    return getattr(settings, "num_key_value_heads", None) or heads, width
+        return 1, head_dim  # Falcon, whose newer form repeats the keys for every head before it caches them
+    return getattr(settings, "num_key_value_heads", None) or heads, head_dim
 
 
-def put(
+def prepend(
     block: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     prefixes: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an attention block with prefixes in front of its keys and values.
+    """Give an attention block prefixes in front of its keys and values: its arguments with another cache and mask.
 
     Args:
         block: the block that is about to be called with `args` and `kwargs`.
         args, kwargs: what it would be called with.
-        prefixes: each (2, heads, prefix, width), keys and values, with the rows of the batch that see it (batch,), or
-            None for all.
+        prefixes: each (2, num_key_value_heads, prefix_length, head_dim), keys and values, with the rows of the batch
+            that see it (batch,), or None for all.
 
     Raises:
         RequestError: the model runs an attention that takes other masks than tensors.
     """
-    implementation = getattr(getattr(block, "config", None), "_attn_implementation", None) or "eager"
+    implementation = attention_implementation(block)
     if implementation not in _IMPLEMENTATIONS:
         raise RequestError(
             f"a prefix works with the attention implementations {' and '.join(_IMPLEMENTATIONS)}, and the model runs "

@@ -8,25 +8,25 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from llm_adapters.bottleneck.config import AFTER
+from llm_adapters.bottleneck.config import INSERT_AFTER
 from llm_adapters.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one adapter does at one module.
+class Placement:
+    """One adapter at one module.
 
     Attributes:
         insertion: ``before``, ``after`` or ``parallel``; empty where there is nothing but a prefix.
         input_from: full name of the module whose input a parallel adapter reads; empty for the layer's own input.
-        width: number of features that the adapter reads.
-        output_width: number of features that it writes.
-        prefix: number of heads and their width in the keys of the attention block that gets a prefix; None for none.
+        in_features: number of features that the adapter reads.
+        out_features: number of features that it writes.
+        prefix: (num_key_value_heads, head_dim) of the attention block that gets a prefix; None for none.
     """
 
     insertion: str
-    width: int
-    output_width: int
+    in_features: int
+    out_features: int
     input_from: str = ""
     prefix: tuple[int, int] | None = None
 
@@ -53,14 +53,14 @@ class Wrapper(nn.Module, BaseTunerLayer):
     adapter name, `update_layer`, `delta`, and where the delta goes (`change_input`, `change_output`).
     """
 
-    other_param_names: tuple[str, ...] = ("plans",)
+    other_param_names: tuple[str, ...] = ("placements",)
     cast_input_dtype_enabled = True
     merge_refused = ""  # why this method's adapters cannot be merged, and what to do instead
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.plans: dict[str, Any] = {}  # by adapter name; of a `Plan`, `input_from` is read here
+        self.placements: dict[str, Any] = {}  # by adapter name; of a `Placement`, `input_from` is read here
         self.merged_adapters: list[str] = []
         self.tapped: torch.Tensor | None = None
         self.routing: tuple[str, ...] | None = None  # an adapter's name per sequence, during one call only
@@ -76,15 +76,15 @@ class Wrapper(nn.Module, BaseTunerLayer):
             return getattr(super().__getattr__("base_layer"), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied or pickled: not the input that a failed forward may have left behind."""
+        """State to copy or pickle, without the input that a failed forward may have left behind."""
         return {**super().__getstate__(), "tapped": None}
 
-    def update_layer(self, adapter_name: str, plan: Any, config: Any) -> None:
-        """Add the adapter `adapter_name`, which `config` describes and `plan` places, to this module."""
+    def update_layer(self, adapter_name: str, placement: Any, config: Any) -> None:
+        """Add the adapter `adapter_name`, which `config` describes, to this module as `placement` says."""
         raise NotImplementedError
 
     def delta(self, adapter_name: str, *sources: torch.Tensor) -> torch.Tensor:
-        """What the adapter adds to the stream, (..., features), from the tensors it reads, each (..., features)."""
+        """Addition of the adapter to the stream, (..., features), from the tensors it reads, each (..., features)."""
         raise NotImplementedError
 
     def change_call(
@@ -120,7 +120,7 @@ class Wrapper(nn.Module, BaseTunerLayer):
         """The module's forward with the active adapters; arguments and type of the result are the module's own."""
         tapped, self.tapped = self.tapped, None
         chosen = self.active_adapters if self.routing is None else sorted(set(self.routing))
-        names = [name for name in chosen if name in self.plans]
+        names = [name for name in chosen if name in self.placements]
         if self._disable_adapters or not names:
             return self.base_layer(*args, **kwargs)
 
@@ -155,7 +155,7 @@ class Wrapper(nn.Module, BaseTunerLayer):
         return stream.index_add(0, rows, delta.to(stream.dtype))
 
     def routed(self, name: str, stream: torch.Tensor) -> torch.Tensor:
-        """Which rows of `stream` are routed to the adapter `name`: (rows,), true or false."""
+        """Mask of the rows of `stream` that are routed to the adapter `name`: (rows,), true or false."""
         assert self.routing is not None
         # Beams, and modules that see (batch * time, features), multiply the rows: a sequence's rows stay together.
         repeats, rest = divmod(stream.shape[0], len(self.routing))
@@ -164,7 +164,7 @@ class Wrapper(nn.Module, BaseTunerLayer):
         return torch.tensor([n == name for n in self.routing for _ in range(repeats)], device=stream.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a non-linear adapter has no place in the base weights."""
+        """Refuse: a non-linear adapter has no equal among the base weights."""
         raise RequestError(self.merge_refused)
 
     def unmerge(self) -> None:
@@ -179,14 +179,14 @@ class Wrapper(nn.Module, BaseTunerLayer):
         return device, dtype
 
 
-def source(plan: Plan, out: torch.Tensor, hidden: torch.Tensor, tapped: torch.Tensor | None) -> torch.Tensor:
-    """What an adapter on or beside a module reads (see `Wrapper.change_output`)."""
-    if plan.insertion == AFTER:
+def source(placement: Placement, out: torch.Tensor, hidden: torch.Tensor, tapped: torch.Tensor | None) -> torch.Tensor:
+    """Tensor that an adapter on or beside a module reads (see `Wrapper.change_output`)."""
+    if placement.insertion == INSERT_AFTER:
         return out
-    if not plan.input_from:
+    if not placement.input_from:
         return hidden
     if tapped is None:
-        raise RuntimeError(f"the input of {plan.input_from} was not seen before the adapter ran")
+        raise RuntimeError(f"the input of {placement.input_from} was not seen before the adapter ran")
     return tapped
 
 
@@ -206,14 +206,16 @@ def move_taps(module: nn.Module, target: nn.Module) -> None:
 def remove_unused(model: nn.Module) -> None:
     """Unwrap the modules that no adapter is left on, and take out the taps that no adapter reads."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, Wrapper) and not layer.plans:
+        if isinstance(layer, Wrapper) and not layer.placements:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
             move_taps(layer, layer.base_layer)
     present = set(model.modules())
     for module in model.modules():
         for key, hook in _taps(module).items():
-            if hook.layer not in present or not any(plan.input_from for plan in hook.layer.plans.values()):
+            if hook.layer not in present or not any(
+                placement.input_from for placement in hook.layer.placements.values()
+            ):
                 del module._forward_pre_hooks[key]
 
 

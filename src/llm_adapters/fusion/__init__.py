@@ -2,17 +2,8 @@
 
 import peft  # noqa: F401  as in `llm_adapters.bottleneck`
 
-from llm_adapters.bottleneck.registering import register_method
 from llm_adapters.fusion.config import FusionConfig, FusionType
 from llm_adapters.fusion.layer import FusionLayer
 from llm_adapters.fusion.model import FusionModel
 
-__all__ = ["FusionConfig", "FusionLayer", "FusionModel", "FusionType", "register"]
-
-
-def register() -> None:
-    """Make the method known to PEFT; calling it again changes nothing (see `register_method`)."""
-    register_method(FusionType.FUSION, FusionConfig, FusionModel)
-
-
-register()
+__all__ = ["FusionConfig", "FusionLayer", "FusionModel", "FusionType"]

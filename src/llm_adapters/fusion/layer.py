@@ -7,35 +7,35 @@ import torch
 from torch import nn
 
 from llm_adapters.bottleneck.layer import Bottlenecks
-from llm_adapters.bottleneck.wrapper import Plan, Wrapper, source
+from llm_adapters.bottleneck.wrapper import Placement, Wrapper, source
 from llm_adapters.fusion.config import FusionConfig
 
 
 @dataclass(frozen=True)
-class FusionPlan:
-    """What one fusion does at one module.
+class FusionPlacement:
+    """One fusion at one module.
 
     Attributes:
         adapters: by their position in `FusionConfig.adapters`, the fused adapters that are placed at this module.
     """
 
-    adapters: Mapping[str, Plan]
+    adapters: Mapping[str, Placement]
 
     @property
     def input_from(self) -> str:
         """Full name of another module whose input one of the adapters reads; empty where none does."""
-        return next((plan.input_from for plan in self.adapters.values() if plan.input_from), "")
+        return next((at.input_from for at in self.adapters.values() if at.input_from), "")
 
     @property
-    def width(self) -> int:
+    def features(self) -> int:
         """Number of features of the module's output."""
-        return next(iter(self.adapters.values())).output_width
+        return next(iter(self.adapters.values())).out_features
 
     def networks(self, config: FusionConfig) -> Bottlenecks:
         """The networks of this module's adapters, with weights that are still to be filled in."""
         networks = Bottlenecks()
-        for index, plan in self.adapters.items():
-            networks.add_network(index, plan, config.bottlenecks[int(index)])
+        for index, placement in self.adapters.items():
+            networks.add_network(index, placement, config.bottlenecks[int(index)])
         return networks
 
 
@@ -53,7 +53,7 @@ class FusionLayer(Wrapper):
     """
 
     adapter_layer_names = ("fusion_query", "fusion_key", "fusion_value")
-    other_param_names = ("plans", "fusion_adapters")  # PEFT trains the former, and moves and deletes both
+    other_param_names = ("placements", "fusion_adapters")  # PEFT trains the former, and moves and deletes both
     merge_refused = (
         "a fusion of adapters cannot be merged: the weights of its adapters depend on the input. Keep it beside the "
         "base model (save_pretrained and PeftModel.from_pretrained)"
@@ -66,18 +66,18 @@ class FusionLayer(Wrapper):
         self.fusion_value = nn.ModuleDict()
         self.fusion_adapters = nn.ModuleDict()
 
-    def update_layer(self, adapter_name: str, plan: FusionPlan, config: FusionConfig) -> None:
+    def update_layer(self, adapter_name: str, placement: FusionPlacement, config: FusionConfig) -> None:
         """Add the fusion `adapter_name` to this module.
 
         Args:
             adapter_name: PEFT's name of the fusion.
-            plan: the adapters that it has here.
+            placement: the adapters that it has here.
             config: its configuration. The adapters' weights are not numbers until `fill` or a checkpoint brings them.
         """
         for attribute in self.adapter_layer_names:
-            getattr(self, attribute)[adapter_name] = nn.Linear(plan.width, plan.width, bias=False)
-        self.fusion_adapters[adapter_name] = plan.networks(config)
-        self.plans[adapter_name] = plan
+            getattr(self, attribute)[adapter_name] = nn.Linear(placement.features, placement.features, bias=False)
+        self.fusion_adapters[adapter_name] = placement.networks(config)
+        self.placements[adapter_name] = placement
         nn.init.normal_(self.fusion_query[adapter_name].weight, std=0.02)
         nn.init.normal_(self.fusion_key[adapter_name].weight, std=0.02)
         nn.init.eye_(self.fusion_value[adapter_name].weight)
@@ -92,7 +92,7 @@ class FusionLayer(Wrapper):
 
         Args:
             adapter_name: PEFT's name of the fusion.
-            weights: the state dict of `FusionPlan.networks`.
+            weights: the state dict of `FusionPlacement.networks`.
         """
         networks = self.fusion_adapters[adapter_name]
         device = next(networks.parameters()).device
@@ -107,12 +107,12 @@ class FusionLayer(Wrapper):
             sources: the module's output, then what each of the adapters reads, all (..., features).
 
         Returns:
-            (..., plan.width), in the precision of W_v.
+            (..., features), in the precision of W_v.
         """
         networks = self.fusion_adapters[adapter_name]
         query, key, value = (getattr(self, attribute)[adapter_name] for attribute in self.adapter_layer_names)
         deltas = []
-        for index, hidden in zip(self.plans[adapter_name].adapters, sources[1:], strict=True):
+        for index, hidden in zip(self.placements[adapter_name].adapters, sources[1:], strict=True):
             h = self._cast_input_dtype(hidden, networks.bottleneck_down[index].weight.dtype)
             deltas.append(networks.network(index, h))
         z = torch.stack(deltas, -2).to(value.weight.dtype)  # (..., adapters, features)
@@ -128,6 +128,6 @@ class FusionLayer(Wrapper):
         """The module's output after the fusions, each of which reads the unchanged one."""
         changed = out
         for name in names:
-            sources = [source(plan, out, hidden, tapped) for plan in self.plans[name].adapters.values()]
+            sources = [source(at, out, hidden, tapped) for at in self.placements[name].adapters.values()]
             changed = self.add(name, changed, out, *sources)
         return changed

@@ -1,4 +1,4 @@
-"""The tuner: finds the places of the fused adapters in a model and puts fusion layers there."""
+"""The tuner: finds the target modules of the fused adapters in a model and wraps them with fusion layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 from peft.utils import load_peft_weights
 from torch import nn
 
-from llm_adapters.bottleneck.config import BEFORE
+from llm_adapters.bottleneck.config import INSERT_BEFORE
 from llm_adapters.bottleneck.model import BottleneckModel
-from llm_adapters.bottleneck.places import check_free, find
+from llm_adapters.bottleneck.placement import check_free, find_targets
 from llm_adapters.errors import RequestError
-from llm_adapters.fusion.config import FusionConfig
-from llm_adapters.fusion.layer import FusionLayer, FusionPlan
+from llm_adapters.fusion.config import FusionConfig, FusionType
+from llm_adapters.fusion.layer import FusionLayer, FusionPlacement
 
 _NESTED = ".fusion_adapters."
 
@@ -20,6 +20,8 @@ _NESTED = ".fusion_adapters."
 class FusionModel(BottleneckModel):
     """Adapter fusion as a PEFT tuner (see `FusionConfig`); the arguments are those of `BottleneckModel`."""
 
+    key = FusionType.FUSION
+    config_class = FusionConfig
     prefix = "fusion_"
     tuner_layer_cls = FusionLayer
     _weights: dict[str, dict[str, torch.Tensor]] = {}  # noqa: RUF012  replaced while a fusion is injected
@@ -33,10 +35,10 @@ class FusionModel(BottleneckModel):
         finally:
             self._weights = {}
 
-    def _plan(self, model: nn.Module, config: FusionConfig) -> dict[str, FusionPlan]:
-        plans = plan(model, config)
-        self._weights = read_weights(config, plans)
-        return plans
+    def _find(self, model: nn.Module, config: FusionConfig) -> dict[str, FusionPlacement]:
+        found = placements(model, config)
+        self._weights = read_weights(config, found)
+        return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -47,41 +49,41 @@ class FusionModel(BottleneckModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-def plan(model: nn.Module, config: FusionConfig) -> dict[str, FusionPlan]:
-    """Which of the fused adapters are at which module of `model`, without touching it.
+def placements(model: nn.Module, config: FusionConfig) -> dict[str, FusionPlacement]:
+    """Placement of a fusion at each module that it would adapt; the model is not touched.
 
     Args:
         model: a transformers decoder, with or without adapters in it.
         config: the fusion's configuration.
 
     Returns:
-        A `FusionPlan` for each module, by its full name in `model`.
+        A `FusionPlacement` for each module, by its full name in `model`.
 
     Raises:
-        RequestError: an adapter has no place in the model, changes a module's input, or lies inside another one.
+        RequestError: an adapter fits nowhere in the model, changes a module's input, or lies inside another one.
     """
     found: dict[str, dict[str, Any]] = {}
     for index, adapter in enumerate(config.bottlenecks):
-        for name, here in find(model, adapter).items():
-            if here.insertion == BEFORE:
+        for name, here in find_targets(model, adapter).items():
+            if here.insertion == INSERT_BEFORE:
                 raise RequestError(
                     f"{_called(config, index)} changes the input of {name} (insertion 'before'), and a fusion weighs "
                     "what is added to outputs: fuse adapters inserted in series, after or parallel"
                 )
             found.setdefault(name, {})[str(index)] = here
     check_free(model, found, FusionLayer)
-    return {name: FusionPlan(adapters) for name, adapters in found.items()}
+    return {name: FusionPlacement(adapters) for name, adapters in found.items()}
 
 
-def read_weights(config: FusionConfig, plans: Mapping[str, FusionPlan]) -> dict[str, dict[str, torch.Tensor]]:
-    """The fused adapters' weights for each module, read from their folders; nothing where a checkpoint brings them.
+def read_weights(config: FusionConfig, found: Mapping[str, FusionPlacement]) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the fused adapters' weights for each module from their folders; nothing where a checkpoint brings them.
 
     Args:
         config: the fusion's configuration.
-        plans: where its adapters go, by module.
+        found: its placements by module.
 
     Returns:
-        For each module, the state dict of its `FusionPlan.networks`.
+        For each module, the state dict of its `FusionPlacement.networks`.
 
     Raises:
         RequestError: an adapter's file does not hold exactly the weights that it would have on this model.
@@ -90,7 +92,7 @@ def read_weights(config: FusionConfig, plans: Mapping[str, FusionPlan]) -> dict[
         return {}
     files = [load_peft_weights(str(folder), device="cpu") for folder in config.folders]
     result: dict[str, dict[str, torch.Tensor]] = {}
-    for module, here in plans.items():
+    for module, here in found.items():
         with torch.device("meta"):
             wanted = here.networks(config).state_dict()
         result[module] = {}

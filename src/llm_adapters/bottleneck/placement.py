@@ -1,46 +1,47 @@
-"""The places: which modules of a model a configuration adapts, and how wide the network is at each."""
+"""Target modules: which modules of a model a configuration adapts, and how wide the network is at each."""
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Collection
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from llm_adapters import architectures
+from llm_adapters._registration import OWN_METHODS
 from llm_adapters.bottleneck import prefix
-from llm_adapters.bottleneck.config import AFTER, BEFORE, PARALLEL, BottleneckConfig
+from llm_adapters.bottleneck.config import INSERT_AFTER, INSERT_BEFORE, INSERT_PARALLEL, BottleneckConfig
 from llm_adapters.bottleneck.layer import BottleneckLayer
-from llm_adapters.bottleneck.wrapper import Plan, Wrapper
+from llm_adapters.bottleneck.wrapper import Placement, Wrapper
+from llm_adapters.compat.peft import features
 from llm_adapters.errors import RequestError
 
 
-def plan(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
-    """What the adapter would do at which module of `model`, without touching it.
+def placements(model: nn.Module, config: BottleneckConfig) -> dict[str, Placement]:
+    """Placement of an adapter at each module that it would adapt; the model is not touched.
 
     Args:
         model: a transformers decoder, with or without adapters in it.
         config: the adapter's configuration.
 
     Returns:
-        A `Plan` for each module, by its full name in `model`.
+        A `Placement` for each module, by its full name in `model`.
 
     Raises:
-        RequestError: as `find` and `check_free` say.
+        RequestError: as `find_targets` and `check_free` say.
     """
-    found = find(model, config)
+    found = find_targets(model, config)
     check_free(model, found, BottleneckLayer)
     return found
 
 
-def find(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
-    """The places of `config` in `model`, whatever else is there.
+def find_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Placement]:
+    """Placements of `config` in `model`, whatever adapters it has already.
 
     Raises:
-        RequestError: a target matches nothing or lies in no known layer; the family cannot be told; or the model would
+        RequestError: a target matches nothing or is in no known layer; the family cannot be told; or the model would
             bypass the adapted module.
     """
     settings = architectures.text_config(model)
@@ -50,23 +51,23 @@ def find(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
             "adapter: set model.config.slow_but_exact = False"
         )
     if config.target_modules is None:
-        found = _plan_sublayers(model, config, settings.hidden_size)
+        found = _sublayers(model, config, settings.hidden_size)
     else:
-        found = _plan_targets(model, config)
+        found = _named_targets(model, config)
     if config.prefix_length:
         for name in _attention_blocks(model, config):
             shape = prefix.shape_of(name, _unwrapped(model.get_submodule(name)), settings)
-            width = settings.hidden_size
-            found[name] = dataclasses.replace(found.get(name, Plan("", width, width)), prefix=shape)
+            nothing_else = Placement("", settings.hidden_size, settings.hidden_size)
+            found[name] = dataclasses.replace(found.get(name, nothing_else), prefix=shape)
     return found
 
 
 def check_free(model: nn.Module, found: Collection[str], kind: type[Wrapper]) -> None:
-    """Refuse places that a wrapper of the class `kind` cannot take.
+    """Refuse targets that a wrapper of the class `kind` cannot take.
 
     Raises:
-        RequestError: a place lies inside another, inside or around what an adapter of the model wraps, or is wrapped by
-            another kind of adapter.
+        RequestError: a target lies inside another, inside or around what an adapter of the model wraps, or is wrapped
+            by another kind of adapter.
     """
     for outer in found:
         inner = next((name for name in found if name.startswith(outer + ".")), None)
@@ -95,24 +96,24 @@ def check_free(model: nn.Module, found: Collection[str], kind: type[Wrapper]) ->
                     )
 
 
-def _plan_sublayers(model: nn.Module, config: BottleneckConfig, width: int) -> dict[str, Plan]:
+def _sublayers(model: nn.Module, config: BottleneckConfig, hidden_size: int) -> dict[str, Placement]:
     insertion = config.insertion_at("")
     result = {}
     for site in architectures.sites(model, config.placement, config.layers):
-        tapped = insertion == PARALLEL and site.input != site.output
-        result[site.output] = Plan(insertion, width, width, site.input if tapped else "")
+        tapped = insertion == INSERT_PARALLEL and site.input != site.output
+        result[site.output] = Placement(insertion, hidden_size, hidden_size, site.input if tapped else "")
     return result
 
 
 def _attention_blocks(model: nn.Module, config: BottleneckConfig) -> list[str]:
-    """The attention blocks of the chosen layers: what a layer calls, which may hold the end of the sub-layer."""
+    """Attention blocks of the chosen layers: what a layer calls, which may hold the end of the sub-layer."""
     architecture = architectures.architecture_of(model)
     stack, _ = architectures.decoder_layers(model, inside=[architecture.attention.output])
     block = architecture.attention.output.partition(".")[0]
     return [f"{stack}.{site.layer}.{block}" for site in architectures.sites(model, ["attention"], config.layers)]
 
 
-def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]:
+def _named_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Placement]:
     targets = config.target_modules
     assert targets is not None
     unmatched = set() if isinstance(targets, str) else set(targets)
@@ -133,9 +134,10 @@ def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]
             continue
         unmatched.discard(target)
         insertion = config.insertion_at(target)
-        taken, given = _widths(name, module, architectures.text_config(model))
-        widths = {BEFORE: (taken, taken), AFTER: (given, given), PARALLEL: (taken, given)}[insertion]
-        result[name] = Plan(insertion, *widths)
+        taken, given = _features(name, module, architectures.text_config(model))
+        read = given if insertion == INSERT_AFTER else taken
+        written = taken if insertion == INSERT_BEFORE else given
+        result[name] = Placement(insertion, read, written)
     if unmatched or not result:
         what = ", ".join(sorted(unmatched)) if unmatched else repr(targets)
         raise RequestError(
@@ -144,13 +146,11 @@ def _plan_targets(model: nn.Module, config: BottleneckConfig) -> dict[str, Plan]
     return result
 
 
-def _widths(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
-    """Number of features that a module takes and gives."""
+def _features(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
+    """Numbers of features that a module takes and gives."""
     base = _unwrapped(module)
     if not isinstance(base, nn.Embedding | nn.ModuleList):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unsupported layer type")
-            taken, given = _get_in_out_features(base)
+        taken, given = features(base)
         if taken is not None and given is not None:
             return taken, given
         if any(p.dim() > 1 for p in base.parameters()):  # a block of the decoder
@@ -165,7 +165,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _suggestion(model: nn.Module) -> str:
-    ours = (".bottleneck_", ".fusion_")
+    ours = [f".{method.prefix}" for method in OWN_METHODS]
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not any(part in n for part in ours)]
     names = sorted({part for name in linears if (part := name.removesuffix(".base_layer").rpartition(".")[2])})
     return f"; its linear layers end in {', '.join(names[:20])}" if names else ""
