@@ -17,7 +17,6 @@ from llm_adapters.ops import rotary
 from llm_adapters.ops.cpu import allocator as memory
 from llm_adapters.ops.cpu import build as kernels
 from llm_adapters.ops.cpu import prepacked as weights
-from llm_adapters.ops.kv_cache import Step
 from llm_adapters.ops.packing import Pack
 
 ON = "on"
@@ -38,7 +37,7 @@ class FastPaths:
         inference: the weights stay as they are while it is on, and the model is in eval mode: for generation.
         merge: with `inference`, compute LoRA with merged copies of the weights, where that changes only rounding.
         adapters: with `inference`, compute these adapters of a `PeftModel` in one forward, each row with that which the
-            step says (`pages.Step`), or `routing.NO_ADAPTER`; nothing is merged then.
+            batch says (`kv_cache.ForwardBatch`), or `routing.NO_ADAPTER`; nothing is merged then.
 
     Attributes:
         report: for each fast path ``"on"``, or why it is off; for the manifest.
@@ -294,24 +293,6 @@ class FastPaths:
             **({"use_cache": False} | kwargs),
         ).last_hidden_state
 
-    def logits(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits that follow a generation's `tokens`, (decoded,), and the prompts of its `step`, one row each."""
-        ids, chosen = tokens, torch.arange(len(tokens), device=tokens.device)
-        positions = torch.cat([tokens[:0], *(decoded.at.flatten() for decoded in step.decoded)])
-        if (pack := step.pack) is not None:
-            ids = torch.cat((ids, pack.input_ids[0, pack.prefix :]))
-            positions = torch.cat((positions, pack.position_ids[0, pack.prefix :]))
-            ends = torch.tensor(pack.lengths, device=tokens.device).cumsum(0) - 1
-            chosen = torch.cat((chosen, len(tokens) + ends))
-        if self.route is not None:
-            self.route.tell(step.adapters())
-        kwargs: dict[str, Any] = {"attention_mask": attention.no_mask(ids.device), "step": step, "use_cache": False}
-        selects = "logits_to_keep" in inspect.signature(type(self.base).forward).parameters
-        if selects:
-            kwargs["logits_to_keep"] = chosen
-        logits = self.base(input_ids=ids[None], position_ids=positions[None], **kwargs).logits[0]
-        return logits if selects else logits[chosen]
-
 
 def _causal_forward(
     fast_paths: FastPaths,
@@ -354,14 +335,6 @@ def _causal_forward(
     chosen = logits.reshape(-1, logits.shape[-1]).index_select(0, at // width * (width - first) + at % width - first)
     loss = nn.functional.cross_entropy(chosen.float(), targets, reduction="sum")
     return {"loss": loss if len(at) else logits.sum() * 0}  # zero, and yet a gradient for every rank to share
-
-
-def learned_prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The keys and values of prefix tuning, a pair (key-value heads, tokens, width) per layer; of other models none."""
-    if not _is_prefix_tuning(model):
-        return []
-    dtype = model.get_base_model().dtype
-    return [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in model.get_prompt(batch_size=1).layers]
 
 
 def _is_prefix_tuning(model: Any) -> bool:
