@@ -3,12 +3,16 @@
 import functools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm_adapters.generation.streaming import TextStream
 
 
 def talk(model: str, adapter: Path | None, *, template: str | None, max_new_tokens: int) -> None:
     """Read questions from standard input and print answers until an empty line or the end of the input.
 
-    Each question is asked by itself, without those before: that is how the adapters were trained, and how they are evaluated.
+    Each question is asked by itself, without those before, as in training and evaluation.
 
     Args:
         model: a run folder, a model folder, a short name or a hub id.
@@ -22,13 +26,12 @@ def talk(model: str, adapter: Path | None, *, template: str | None, max_new_toke
     from llm_adapters.generation import generator as generation
     from llm_adapters.generation.streaming import TextStream
     from llm_adapters.models import loading as models
-    from llm_adapters.tasks.templates import encode_prompt, render_prompt, response_of
+    from llm_adapters.tasks.templates import encode_prompt, render_prompt
 
     loaded = models.load(model, adapter)
     fallback = "chat" if getattr(loaded.tokenizer, "chat_template", None) else "alpaca"
     chosen = template or loaded.template or fallback
     render_prompt(chosen, "", tokenizer=loaded.tokenizer)  # a template that does not fit is told before the first word
-    show = functools.partial(print, end="", flush=True)
     terminal = sys.stdin.isatty()
     if terminal:
         what = f"{loaded.name} with {loaded.adapter}" if loaded.adapter else loaded.name
@@ -43,8 +46,19 @@ def talk(model: str, adapter: Path | None, *, template: str | None, max_new_toke
                 break
             prompt = render_prompt(chosen, question, tokenizer=loaded.tokenizer)
             ids = encode_prompt(loaded.tokenizer, prompt, template=chosen)
-            show("model: " if terminal else "")
+            print("model: " if terminal else "", end="")
             before = prompt if chosen == "paper" else ""
-            stream = TextStream(loaded.tokenizer, lambda text, before=before: response_of(before + text, chosen))
-            for _, answer in generator.generate([ids], lambda _, token, stream=stream: show(stream.add(token))):
+            stream = TextStream(loaded.tokenizer, functools.partial(_response, before, chosen))
+            for _, answer in generator.generate([ids], functools.partial(_show, stream)):
                 print(stream.finish(answer.text), flush=True)
+
+
+def _response(before: str, template: str, text: str) -> str:
+    """The part of `text` that is the response; `before` is what the template reads before it."""
+    from llm_adapters.tasks.templates import response_of
+
+    return response_of(before + text, template)
+
+
+def _show(stream: "TextStream", _: int, token: int) -> None:
+    print(stream.add(token), end="", flush=True)

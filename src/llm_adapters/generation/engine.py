@@ -362,7 +362,9 @@ class Engine:
         if moved.any():
             # The beams of a request share its prompt.
             changed = moved.any(1).tolist()
-            sizes = [len(self._running[slot].prompt) for slot, any_moved in zip(slots, changed, strict=True) if any_moved]
+            sizes = [
+                len(self._running[slot].prompt) for slot, any_moved in zip(slots, changed, strict=True) if any_moved
+            ]
             self.cache.copy(source[moved], seqs[moved], num_blocks(min(sizes) - len(self._prefix) + 1) - 1)
 
     def _begin(self, slots: list[int], logits: torch.Tensor) -> None:
