@@ -32,6 +32,8 @@ from llm_adapters.ops.packing import Pack, common_prefix, rounded
 _ROW_STEP = 16  # tokens are computed in such numbers (see `packing.rounded`)
 MAX_PREFILL_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and running requests wait
 
+FinishReason = Literal["stop", "length"]
+
 
 @dataclass(frozen=True)
 class RequestOutput:
@@ -39,13 +41,13 @@ class RequestOutput:
 
     Attributes:
         request_id: as `Engine.add` returned it.
-        token_ids: new tokens; of beam search all, when the request ends. The stop token that ends an answer is the last.
+        token_ids: new tokens, the stop token included; of beam search all of them, when the request ends.
         finish_reason: ``"stop"`` for a stop token, ``"length"`` for `max_new_tokens`, None while it is running.
     """
 
     request_id: int
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Engine:
         return bool(self._running) or any(self._waiting.values())
 
     def add(self, prompt: Sequence[int], *, adapter: str | None = None, max_new_tokens: int = 256) -> int:
-        """Add a request; it begins in one of the next steps. Those of one adapter begin in the order in which they came.
+        """Add a request; it begins in one of the next steps, after those of the same adapter that came before.
 
         Args:
             prompt: token ids.
@@ -266,7 +268,7 @@ class Engine:
         if route is None:
             if adapter is not None:
                 raise RequestError(
-                    f"adapter={adapter!r} is named, and the engine has no choice of adapters: give FastPaths their names."
+                    f"adapter={adapter!r} is named, and the engine has no adapters: name them in `FastPaths(adapters=)`."
                 )
             return 0
         name = NO_ADAPTER if adapter is None else adapter
@@ -361,11 +363,9 @@ class Engine:
         moved = source != seqs
         if moved.any():
             # The beams of a request share its prompt.
-            changed = moved.any(1).tolist()
-            sizes = [
-                len(self._running[slot].prompt) for slot, any_moved in zip(slots, changed, strict=True) if any_moved
-            ]
-            self.cache.copy(source[moved], seqs[moved], num_blocks(min(sizes) - len(self._prefix) + 1) - 1)
+            changed = moved.any(1).nonzero().flatten().tolist()
+            shortest = min(len(self._running[slots[row]].prompt) for row in changed) - len(self._prefix)
+            self.cache.copy(source[moved], seqs[moved], num_blocks(shortest + 1) - 1)
 
     def _begin(self, slots: list[int], logits: torch.Tensor) -> None:
         """The first token of requests whose prompts have been computed; all beams get a copy of the prompt."""
@@ -383,7 +383,8 @@ class Engine:
         """The new tokens of all running requests; those that have ended leave."""
         outputs, slots = [], list(self._running)
         for slot, (tokens, ended) in zip(slots, self._strategy.take(slots), strict=True):
-            request, reason = self._running[slot], None
+            request = self._running[slot]
+            reason: FinishReason | None = None
             if ended:
                 reason = "stop" if tokens and tokens[-1] in self._stops else "length"
                 self._release(slot)

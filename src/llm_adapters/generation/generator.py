@@ -220,9 +220,10 @@ class Generator:
         engine.max_num_seqs = size
         if len(asked) > 1:  # of a single prompt nobody knows what others will begin with
             engine.set_prefix(prompts[asked[0]][: common_prefix([prompts[index] for index in asked])])
-        requests, answers = {}, {index: [] for index in asked}
+        requests: dict[int, int] = {}
+        answers: dict[int, list[int]] = {index: [] for index in asked}
         try:
-            for index in reversed(sorted(asked, key=lambda i: len(prompts[i]))):
+            for index in sorted(asked, key=lambda i: (len(prompts[i]), i), reverse=True):
                 adapter = adapter_names[index] if adapter_names is not None else None
                 requests[engine.add(prompts[index], adapter=adapter, max_new_tokens=self.max_new_tokens)] = index
             while engine.has_unfinished:
@@ -230,8 +231,9 @@ class Generator:
                 for output in outputs:
                     index = requests[output.request_id]
                     answers[index] += output.token_ids
-                    for token in output.token_ids if on_token is not None else ():
-                        on_token(index, token)
+                    if on_token is not None:
+                        for token in output.token_ids:
+                            on_token(index, token)
                 ended = [requests[output.request_id] for output in outputs if output.finish_reason]
                 if ended:
                     yield [(index, answers.pop(index)) for index in ended]
@@ -260,9 +262,10 @@ class Generator:
                 num_beams=self.num_beams,
             )
             ended = list(zip(batch, answers, strict=True))
-            for index, tokens in ended if on_token is not None else ():
-                for token in tokens:
-                    on_token(index, token)
+            if on_token is not None:
+                for index, tokens in ended:
+                    for token in tokens:
+                        on_token(index, token)
             yield ended
 
     def _generation(self, tokens: list[int], seconds: float) -> Generation:

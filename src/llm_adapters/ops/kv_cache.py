@@ -171,7 +171,7 @@ class PagedCache:
         self._stacked.clear()
 
     def keep_prefix(self, index: int, key: torch.Tensor, value: torch.Tensor, adapter: int = 0) -> None:
-        """Store a layer's keys and values of the shared prefix, (key-value heads, prefix, head_dim), by this adapter."""
+        """Store the shared prefix of a layer by one adapter: keys and values, (key-value heads, prefix, head_dim)."""
         self.prefix = key.shape[1]
         self._prefixes[index, adapter] = key.contiguous(), value.contiguous()
         self._stacked.pop(index, None)
