@@ -79,7 +79,7 @@ def merge(spec: dict) -> dict:
 
 def prepare(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train what is missing in `asked.runs`, and write the prompts as token ids to `folder`: the same for all."""
-    from llm_adapters.generation.generator import end_tokens
+    from llm_adapters.generation.generator import find_stop_token_ids
     from llm_adapters.models import loading as models
     from llm_adapters.tasks.catalog import load_task
     from llm_adapters.tasks.templates import encode_prompt, render_prompt
@@ -109,7 +109,7 @@ def prepare(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "merged": str(merged),
             "prompts": str(prompts_file),
             "max_new_tokens": asked.max_new_tokens,
-            "ends": end_tokens(base.model, base.tokenizer),
+            "ends": find_stop_token_ids(base.model, base.tokenizer),
             "pad": base.tokenizer.pad_token_id,
         },
         "questions": questions,

@@ -49,7 +49,12 @@ def scripted(monkeypatch):
             prompt = generator.tokenizer.decode(ids)
             question = next(word for word in OUTPUTS if f"\n{word}\n" in prompt or f" {word}\n" in prompt)
             asked.append(types.SimpleNamespace(question=question, prompt=prompt, **options))
-            yield index, Generation(OUTPUTS[question], tuple(range(10)), question != "three", seconds=0.5)
+            yield (
+                index,
+                Generation(
+                    OUTPUTS[question], tuple(range(10)), "length" if question == "three" else "stop", seconds=0.5
+                ),
+            )
 
     monkeypatch.setattr(generation.Generator, "generate", generate)
     return asked
@@ -269,7 +274,7 @@ def test_invariance_check_counts_what_flips(base, task, monkeypatch):
             alone = generator.batch_size == 1
             yield (
                 index,
-                Generation("The answer is 5." if index == 0 else f"The answer is {1 if alone else 2}.", (), True),
+                Generation("The answer is 5." if index == 0 else f"The answer is {1 if alone else 2}.", (), "stop"),
             )
 
     monkeypatch.setattr(generation.Generator, "generate", generate)
@@ -284,7 +289,7 @@ def test_invariance_of_bfloat16_is_checked_in_float32(base, task, tmp_path, monk
     def generate(generator, prompts):
         model = generator.model
         dtypes.append((model.dtype, generator.batch_size, hasattr(model, "peft_config")))
-        return ((index, Generation("5", (), True)) for index in range(len(prompts)))
+        return ((index, Generation("5", (), "stop")) for index in range(len(prompts)))
 
     monkeypatch.setattr(generation.Generator, "generate", generate)
     evaluate(run, tasks=[task], check_invariance=2, dtype="bfloat16", batch_size=4)

@@ -3,7 +3,7 @@ import random
 import peft
 import pytest
 import torch
-from generation_helpers import NEW, make_prompts, reference, run, trained
+from generation_helpers import NEW, make_prompts, reference, run, small_blocks, trained
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, POSITIONS, VOCAB, tiny_model, tiny_tokenizer
@@ -11,11 +11,10 @@ from transformers import GenerationConfig
 
 from llm_adapters.bottleneck import BottleneckConfig
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.generation import decoding as search
-from llm_adapters.generation import engine, padded
+from llm_adapters.generation import decoding, engine, padded
 from llm_adapters.generation import generator as generation
 from llm_adapters.generation.generator import Generation, Generator, check_prompts, choose_batch_size, context_limit
-from llm_adapters.ops.kv_cache import PAGE, PagedCache
+from llm_adapters.ops.kv_cache import BLOCK_SIZE, PagedCache
 
 pytestmark = pytest.mark.usefixtures("functions")
 
@@ -86,33 +85,32 @@ def test_equal_to_transformers_alone(family, num_beams):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mixtral", "mistral"])
-def test_what_an_answer_repeats_is_guessed_and_changes_nothing(family, monkeypatch):
-    monkeypatch.setattr("llm_adapters.ops.kv_cache.PAGE", 4)
-    monkeypatch.setattr("llm_adapters.ops.kv_cache._STEP", 1)
-    monkeypatch.setattr(engine, "PAGE", 4)
-    monkeypatch.setattr(search, "REPEATED", 2)
-    guessed = []
-    advance = search.Greedy.advance
+def test_speculation_changes_no_answer(family, monkeypatch):
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(decoding, "NGRAM_SIZE", 2)
+    accepted = []
+    advance = decoding.Greedy.advance
 
-    def noted(self, groups, fed, logits):
-        before = self.count[groups]
-        advance(self, groups, fed, logits)
-        guessed.extend((self.count[groups] - before)[: len(groups) * (fed.shape[1] > 1)].tolist())
+    def noted(self, slots, input_tokens, logits):
+        before = [self.num_tokens[slot] for slot in slots]
+        advance(self, slots, input_tokens, logits)
+        if input_tokens.shape[1] > 1:
+            accepted.extend(self.num_tokens[slot] - count for slot, count in zip(slots, before, strict=True))
 
-    monkeypatch.setattr(search.Greedy, "advance", noted)
+    monkeypatch.setattr(decoding.Greedy, "advance", noted)
     model, prompts, new = tiny_model(family), make_prompts(), 61
-    # An end that stands late in an answer, and so among what was guessed.
+    # An end that stands late in an answer, and so among the drafts.
     free = by_transformers(model, prompts, 1, new, {2})
     ends = {2, next(token for token in reversed(free[0]) if token not in free[0][:20])} if family == "gpt2" else {2}
     model.generation_config.eos_token_id = sorted(ends)
     expected = by_transformers(model, prompts, 1, new, ends)
     for size in (1, 4, 9):
-        guessed.clear()
+        accepted.clear()
         answers = run(model, prompts, batch_size=size, max_new_tokens=new)
         assert [answers[index].tokens for index in range(len(prompts))] == expected
-        # Some guesses were right, some were wrong.
-        assert max(guessed) == search.GUESSES + 1
-        assert min(guessed) < search.GUESSES
+        # Some drafts were right, some were wrong.
+        assert max(accepted) == decoding.NUM_SPECULATIVE_TOKENS + 1
+        assert min(accepted) < decoding.NUM_SPECULATIVE_TOKENS
 
 
 @given(
@@ -124,8 +122,8 @@ def test_the_nearest_repetition_is_found(answers, repeated):
     for row, answer in zip(tokens, answers, strict=True):
         row[: len(answer)] = torch.tensor(answer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "REPEATED", repeated)
-        found = search._period(tokens, torch.tensor([[len(answer)] for answer in answers]))[:, 0].tolist()
+        patch.setattr(decoding, "NGRAM_SIZE", repeated)
+        found = decoding._ngram_period(tokens, list(map(len, answers)))[:, 0].tolist()
     for answer, period in zip(answers, found, strict=True):
         fitting = [
             back
@@ -136,10 +134,9 @@ def test_the_nearest_repetition_is_found(answers, repeated):
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_answers_of_many_pages_and_prompts_that_begin_alike(num_beams, monkeypatch):
-    monkeypatch.setattr("llm_adapters.ops.kv_cache.PAGE", 4)
-    monkeypatch.setattr(engine, "PAGE", 4)
-    monkeypatch.setattr(engine, "PROMPT_TOKENS", 20)
+def test_answers_of_many_blocks_and_prompts_that_begin_alike(num_beams, monkeypatch):
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(engine, "MAX_PREFILL_TOKENS", 20)
     model, prompts = tiny_model("llama"), [[7, 8, 9, 10, 11, *prompt] for prompt in make_prompts()]
     ends = {2, *range(3, 300, 40)} if num_beams == 1 else {2, 60}
     model.generation_config.eos_token_id = sorted(ends)
@@ -188,26 +185,26 @@ def test_tokens_are_told_as_they_come():
         }
 
 
-def test_pages_are_reused_moved_down_and_given_back():
-    cache = PagedCache(4, 3 * PAGE, torch.device("cpu"))
+def test_blocks_are_reused_moved_down_and_given_back():
+    cache = PagedCache(4, 3 * BLOCK_SIZE, torch.device("cpu"))
     for slot in range(4):
-        cache.reserve(slot, 2 * PAGE + 1)
+        cache.reserve(slot, 2 * BLOCK_SIZE + 1)
     keys, _ = cache.layer(0, torch.zeros(2, 1, 8), torch.zeros(2, 1, 8))
     for slot in range(4):
-        keys[cache.table[slot]] = float(slot + 1)
-    top = cache.top
+        keys[cache.block_table[slot]] = float(slot + 1)
+    used = cache.num_used_blocks
     cache.release(1)
     cache.reserve(1, 1)
-    assert cache.top == top
-    keys[cache.table[1, 0]] = 9.0
+    assert cache.num_used_blocks == used
+    keys[cache.block_table[1, 0]] = 9.0
     cache.release(0)
     cache.release(2)
     cache.compact()
-    assert cache.top == 8  # nowhere's page, one page and three, rounded
-    assert int(cache.table.max()) < 5
-    assert {float(keys[page].mean()) for page in cache.table[3].tolist()} == {4.0}
-    assert float(keys[cache.table[1, 0]].mean()) == 9.0
-    assert set(cache.owner[: cache.top].tolist()) == {-1, 1, 3}
+    assert cache.num_used_blocks == 8  # the null block, one block and three, rounded
+    assert int(cache.block_table.max()) < 5
+    assert {float(keys[block].mean()) for block in cache.block_table[3].tolist()} == {4.0}
+    assert float(keys[cache.block_table[1, 0]].mean()) == 9.0
+    assert set(cache.block_owner[: cache.num_used_blocks].tolist()) == {-1, 1, 3}
 
 
 @pytest.mark.parametrize("method", PROMPT_LEARNING)
@@ -258,7 +255,7 @@ def test_an_answer_ends_at_any_end_token_of_the_checkpoint():
         assert answer.tokens == free[index][:stop]
         assert answer.finished == (stop is not None)
         assert answer.computed == (NEW if stop is None else stop + 1)
-    assert answers[1] == Generation("", (), True)
+    assert answers[1] == Generation("", (), "stop")
 
 
 def test_the_wishes_of_a_checkpoint_for_generation_take_no_part():
@@ -297,23 +294,23 @@ def test_padded_batches_have_their_size_and_the_longest_prompts_come_first(monke
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch, caplog, own):
-    generate_batch, forward = padded.generate_batch, PagedCache.__init__
+    generate_batch, grow = padded.generate_batch, PagedCache.grow
 
     def few(model, prompts, **options):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("no room")
         return generate_batch(model, prompts, **options)
 
-    def small(cache, slots, *rest):
-        if slots > 2:
+    def small(cache, num_seqs, *rest):
+        if num_seqs > 2:
             raise torch.OutOfMemoryError("no room")
-        forward(cache, slots, *rest)
+        grow(cache, num_seqs, *rest)
 
     model, prompts = tiny_model("llama"), make_prompts()
     expected = run(model, prompts)
     monkeypatch.setattr(padded, "generate_batch", few)
     with Generator(model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=8, own=own) as generator:
-        monkeypatch.setattr(PagedCache, "__init__", small)
+        monkeypatch.setattr(PagedCache, "grow", small)
         assert dict(generator.generate(prompts)) == expected
     assert "going on with 2" in caplog.text
 
@@ -322,7 +319,7 @@ def test_prompts_as_long_as_the_limit_are_asked_and_longer_ones_are_not():
     model = tiny_model("llama")
     room = POSITIONS - NEW
     answers = run(model, [[5] * (room + 1), [5] * room, [5, 6]])
-    assert answers[0] == Generation(skipped=True)
+    assert answers[0] == Generation(finish_reason="skipped")
     assert not answers[1].skipped
     assert not answers[2].skipped
 

@@ -107,7 +107,7 @@ def test_rows_of_several_adapters_in_bfloat16(method):
         assert fast.packs
         found = []
         for number in range(3):
-            fast.all_by(number, ids.shape[1])
+            fast.use_adapter(number, ids.shape[1])
             found.append(fast.base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     for name, rows in zip(names, found, strict=True):
         with using(model, name), using(exact, name), torch.no_grad():
@@ -127,7 +127,7 @@ def test_several_adapters_are_for_generation():
 def test_layers_are_told_for_the_rows_that_there_are():
     model = with_two(ROUTED["series"])
     with FastPaths(model, inference=True, adapters=["default", "other"]) as fast, torch.no_grad():
-        fast.all_by(1, 6)
+        fast.use_adapter(1, 6)
         fast.base(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]))
         with pytest.raises(RuntimeError, match="adapters were told for 6 rows, and there are 4"):
             fast.base(input_ids=torch.tensor([[5, 6, 7, 8]]))

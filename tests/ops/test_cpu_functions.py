@@ -15,8 +15,9 @@ from llm_adapters.ops import cross_entropy as head
 from llm_adapters.ops import dropout, rotary
 from llm_adapters.ops import varlen_attention as attention
 from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.kv_cache import Decoded, PagedCache, Step, decode, store
+from llm_adapters.ops.kv_cache import DecodeBatch, ForwardBatch, PagedCache, store
 from llm_adapters.ops.packing import Pack, Visible
+from llm_adapters.ops.paged_attention import decode_attention
 
 PRECISIONS = [torch.float32, torch.bfloat16]
 ROOM = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # relative to the largest: a bfloat16 has 8 bits
@@ -162,26 +163,27 @@ def test_attention_of_answers_in_the_making(
     kind: torch.dtype, width: int, prefix: int, beside: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the formula: every token over what its slot has been given, in order."""
-    monkeypatch.setattr("llm_adapters.ops.kv_cache.PAGE", 4)
+    monkeypatch.setattr("llm_adapters.ops.kv_cache.BLOCK_SIZE", 4)
+    monkeypatch.setattr("llm_adapters.ops.paged_attention.BLOCK_SIZE", 4)
     groups, each, sizes = 2, 3, [3, 9, 13]
     keys, values = ([torch.randn(groups, size, width).to(kind) for size in sizes] for _ in range(2))
     shared = [[torch.randn(groups, prefix, width).to(kind) for _ in range(2)] for _ in range(2)]  # of two adapters
-    slots, adapters = torch.tensor([4, 0, 2, -1]), torch.tensor([1, 0, 1, 0])
+    seqs, adapters = (4, 0, 2, -1), (1, 0, 1, 0)
     cache = PagedCache(5, 16, torch.device("cpu"))
     for adapter, pair in enumerate(shared if prefix else ()):
         cache.keep_prefix(0, *pair, adapter)
-    for slot, size, *rows in zip(slots.tolist(), sizes, keys, values, strict=False):
-        cache.reserve(slot, size)
+    for seq, size, *rows in zip(seqs, sizes, keys, values, strict=False):
+        cache.reserve(seq, size)
         at = prefix + torch.arange(size)[None]
-        held = Step(cache, [Decoded(torch.tensor([slot]), at, at >= 0, torch.tensor([0]))])
+        held = ForwardBatch(cache, [DecodeBatch((seq,), at, at >= 0, (0,))])
         store(0, *rows, held)
     at = prefix + torch.tensor([[max(size - beside + i, 0) for i in range(beside)] for size in [*sizes, 1]])
     query = torch.randn(groups * each, 4 * beside, width).to(kind)
-    alive = (slots >= 0)[:, None].expand_as(at)
-    decoded = Decoded(slots, at, alive, adapters)
-    found = decode(0, query, cache, decoded, 0.3, window).view(4, beside, groups, each, width)
+    valid = (torch.tensor(seqs) >= 0)[:, None].expand_as(at)
+    decoded = DecodeBatch(seqs, at, valid, adapters)
+    found = decode_attention(0, query, cache, decoded, 0.3, window).view(4, beside, groups, each, width)
     for row, size in enumerate(sizes):
-        before = shared[int(adapters[row])]
+        before = shared[adapters[row]]
         key, value = (torch.cat((s, part[row]), 1).double() for s, part in zip(before, (keys, values), strict=True))
         asked = query.view(groups, each, 4, beside, width)[:, :, row].double()
         scores = torch.einsum("gebw,gtw->gebt", asked, key) * 0.3
@@ -200,21 +202,21 @@ def test_lora_with_an_adapter_for_each_row(kind: torch.dtype, rows: int, width: 
     names = ("__base__", *(f"a{number}" for number in range(len(ranks))))
     route = Route(names)
     which = (1 + torch.arange(rows) // 3) % len(names)
-    route.tell(which)
+    route.set(which)
     layer.to(kind)
     x = torch.randn(1, rows, width).to(kind)
     base = layer.base_layer(x)[0]
     with torch.inference_mode():
-        found = lora.frozen_lora(layer, route, packed=False)(x)[0]
+        found = lora.inference_forward(layer, route, prepack=False)(x)[0]
     for row in range(rows):
         name, expected = names[which[row]], base[row].double()
         if name != "__base__":
             middle = (x[0, row].double() @ layer.lora_A[name].weight.double().t()).to(kind).double()
             expected = expected + middle @ (layer.lora_B[name].weight * layer.scaling[name]).double().t()
         assert_close(found[row], expected.to(kind))
-    route.tell(which[1:])
+    route.set(which[1:])
     with pytest.raises(RuntimeError, match=f"told for {rows - 1} rows, and there are {rows}"):
-        lora.frozen_lora(layer, route, packed=False)(x)
+        lora.inference_forward(layer, route, prepack=False)(x)
 
 
 @pytest.mark.parametrize(("rows", "width", "out", "rank"), [(70, 32, 64, 2), (211, 96, 32, 33), (5, 40, 33, 2)])

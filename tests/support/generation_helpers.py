@@ -23,7 +23,7 @@ def run(model, prompts, **options):
 
 
 def reference(model, prompt, ends=(2,)):
-    """Greedy decoding in its plainest form: one prompt, no padding, no cache, the whole text anew for every token."""
+    """Greedy decoding in its plainest form: one prompt, no padding, no cache, the whole text again for every token."""
     tokens = []
     with torch.no_grad():
         while len(tokens) < NEW:
@@ -42,3 +42,10 @@ def trained(model, config, seed=3):
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return adapted.eval()
+
+
+def small_blocks(monkeypatch):
+    """Blocks of four tokens, and no rounding of their number: even short answers have many."""
+    monkeypatch.setattr("llm_adapters.ops.kv_cache.BLOCK_SIZE", 4)
+    monkeypatch.setattr("llm_adapters.ops.paged_attention.BLOCK_SIZE", 4)
+    monkeypatch.setattr("llm_adapters.ops.kv_cache._BLOCK_STEP", 1)

@@ -1,6 +1,5 @@
-"""Attention over packs and over generation's steps, as an attention implementation of transformers."""
+"""Attention over packs and of generation's forwards, as an attention implementation of transformers."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +7,9 @@ import torch
 from torch import nn
 
 from llm_adapters.fast_paths.patches import Patches
-from llm_adapters.ops import kv_cache as pages
-from llm_adapters.ops import varlen_attention
-from llm_adapters.ops.packing import Band, Pack
+from llm_adapters.ops import paged_attention, varlen_attention
+from llm_adapters.ops.kv_cache import ForwardBatch
+from llm_adapters.ops.packing import Pack
 
 NAME = "llm_adapters_packed"
 
@@ -42,16 +41,18 @@ def packed_attention(
 
     Args:
         module: the attention module that calls.
-        query: (1, heads, tokens, width); `key` and `value` (1, key-value heads, tokens, width).
+        query: (1, heads, tokens, head_dim).
+        key: (1, key-value heads, tokens, head_dim).
+        value: (1, key-value heads, tokens, head_dim).
         attention_mask: not read, as the pack says who sees whom.
-        scaling: the factor on the scores; None for 1 / sqrt(width).
+        scaling: the factor on the scores; None for 1 / sqrt(head_dim).
         dropout: probability of dropping an entry of the attention's probabilities.
         sliding_window: a token sees no more than so many tokens.
         pack: the pack that the tokens are of.
         others: what families hand to their attention besides.
 
     Returns:
-        (1, tokens, heads, width), and None for the probabilities.
+        (1, tokens, heads, head_dim), and None for the probabilities.
 
     Raises:
         Unsupported: something is asked for that packs do not have.
@@ -59,13 +60,12 @@ def packed_attention(
     _refuse(others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout:
-        return varlen_attention.attention_with_dropout(
-            query[0], key[0], value[0], pack, scale, sliding_window, dropout
-        )[None], None
+        parts = query[0], key[0], value[0]
+        return varlen_attention.attention_with_dropout(*parts, pack, scale, sliding_window, dropout)[None], None
     return varlen_attention.PackedAttention.apply(query[0], key[0], value[0], pack, scale, sliding_window)[None], None
 
 
-def slot_attention(
+def cached_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -75,34 +75,20 @@ def slot_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     *,
-    step: pages.Step,
+    forward_batch: ForwardBatch,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a generation's `step`: tokens over their slots, new prompts over the shared prefix and themselves.
+    """Attention of one forward of generation, see `paged_attention.cached_attention`.
 
-    Arguments, results and errors as of `packed_attention`. Keys and values are stored in the step's cache.
+    Arguments, results and errors as of `packed_attention`. Keys and values are stored in the batch's cache.
     """
     _refuse(others)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise Unsupported("its attention does not know which layer it is")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = query[0], key[0], value[0]
-    heads, tokens, _ = query.shape
-    out = query.new_empty(tokens, heads, value.shape[-1])
-    before = step.cache.prefix_of(layer, step.adapter)
-    pages.store(layer, key, value, step)
-    count = 0
-    for decoded in step.decoded:
-        rows = slice(count, count + decoded.at.numel())
-        out[rows] = pages.decode(layer, query[:, rows], step.cache, decoded, scale, sliding_window)
-        count = rows.stop
-    if step.pack is not None:
-        q, k, v = (part[:, count:] for part in (query, key, value))
-        if before is not None:
-            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
-        _prompts(q, k, v, step, step.pack, scale, sliding_window, out[count:])
-    return out[None], None
+    row = query[0], key[0], value[0]
+    return paged_attention.cached_attention(layer, *row, forward_batch, scale, sliding_window)[None], None
 
 
 def _refuse(others: dict[str, Any]) -> None:
@@ -111,51 +97,20 @@ def _refuse(others: dict[str, Any]) -> None:
         raise Unsupported(f"its attention has {', '.join(strange)}")
 
 
-def _prompts(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    step: pages.Step,
-    pack: Pack,
-    scale: float,
-    window: int | None,
-    out: torch.Tensor,
-) -> None:
-    """The prompts of a step; `key` and `value` begin with the shared prefix; `out` is (tokens, heads, width)."""
-    heads, groups = len(query), len(key)
-    flat = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1])
-    for number, band in enumerate(pack.bands):
-        places = step.once(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
-        queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
-        found, _ = varlen_attention.attend(
-            queries,
-            varlen_attention.with_prefix(key, band),
-            varlen_attention.with_prefix(value, band),
-            band.visible(window),
-        )
-        varlen_attention.scatter(found, band, out[band.start - pack.prefix : band.end - pack.prefix])
-    out[pack.end - pack.prefix :] = 0
-
-
-def _own_places(band: Band, heads: int, groups: int) -> torch.Tensor:
-    """Where the queries of `band` are in a row that begins after the shared prefix."""
-    return band.places(heads // groups, groups, before=False) - band.prefix * heads
-
-
 def _attention(
     module: nn.Module,
     *tensors: Any,
     pack: Pack | None = None,
-    step: pages.Step | None = None,
+    forward_batch: ForwardBatch | None = None,
     recorder: Callable[..., None] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Compute packs and generation's steps here; whatever is neither goes to transformers' SDPA.
+    """Compute packs and generation's forwards here; whatever is neither goes to transformers' SDPA.
 
     A `recorder` is called with the queries, keys and values and the result.
     """
-    if step is not None:
-        return slot_attention(module, *tensors, step=step, **kwargs)
+    if forward_batch is not None:
+        return cached_attention(module, *tensors, forward_batch=forward_batch, **kwargs)
     if pack is not None:
         out = packed_attention(module, *tensors, pack=pack, **kwargs)
     else:

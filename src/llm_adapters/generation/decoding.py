@@ -1,6 +1,6 @@
-"""How the next tokens are chosen: greedy, or beam search. Both keep, for every group of slots, one question's answer.
+"""Decoding strategies: the choice of the next tokens, greedy or by beam search, for every request that is running.
 
-A group is one slot for greedy decoding, and `width` slots, a beam each, for beam search.
+A request has a slot: one sequence for greedy decoding, `num_beams` sequences for beam search.
 """
 
 from collections.abc import Sequence
@@ -10,211 +10,302 @@ import torch
 
 from llm_adapters.errors import WorkError
 
-GUESSES = 3  # tokens that are guessed at a time
-REPEATED = 3  # of an answer's tokens must stand in it twice for guessing
-FEW = 64  # answers: for more the machine is busy as it is, and guesses that are wrong cost what right ones save
+NUM_SPECULATIVE_TOKENS = 3  # draft tokens that are proposed at a time
+NGRAM_SIZE = 3  # so many last tokens of an answer must occur in it before, for drafts to be proposed
+MAX_SPECULATIVE_BATCH = 64  # answers; more keep the machine busy as it is, and wrong drafts cost what right ones save
 _NEVER = -1e9  # the score of what must not be chosen
 
 
-class Search(Protocol):
-    """What the engine asks of a way to choose tokens.
+class DecodingStrategy(Protocol):
+    """A way to choose tokens, as the engine uses it.
 
     Attributes:
-        width: slots of a group.
-        count: (groups,), int64: tokens that each group's answers in the making have.
+        num_beams: sequences of a slot.
+        num_tokens: tokens that have been generated in each slot.
     """
 
-    width: int
-    count: torch.Tensor
+    num_beams: int
+    num_tokens: list[int]
 
-    def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What to compute for these `groups`: the last tokens of each, and some that may follow.
+    def grow(self, num_slots: int, max_new_tokens: int) -> None:
+        """Make room for so many slots, and answers of so many tokens."""
 
-        Returns:
-            Some of the groups, (some,), and their tokens, (some * width, tokens); a pair for each number of tokens.
-        """
-
-    def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
-        """New questions in these `groups`; `logits` (groups, vocabulary) follow their prompts."""
-
-    def advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
-        """At least one more token for these `groups`.
+    def begin(self, slots: list[int], limits: list[int], logits: torch.Tensor) -> None:
+        """Take new requests.
 
         Args:
-            groups: as `feed` returned them.
-            fed: the tokens, as `feed` returned them.
-            logits: (groups * width, tokens, vocabulary), what follows each of the tokens.
-
-        Returns:
-            Where slots change places, (groups, width): which slot of its group each one goes on from.
+            slots: theirs.
+            limits: the most new tokens of each.
+            logits: (slots, vocabulary), what follows their prompts.
         """
 
-    def finished(self, groups: torch.Tensor) -> torch.Tensor:
-        """Which of these `groups` have their answer, (groups,), bool."""
+    def propose(self, slots: list[int]) -> list[tuple[list[int], torch.Tensor]]:
+        """Input tokens of the next forward: the last token of each sequence, and draft tokens that may follow.
 
-    def answer(self, group: int) -> list[int]:
-        """The tokens of a finished group, with the one that ends them if there is one."""
+        Returns:
+            Some of the slots and their tokens, (slots * num_beams, query tokens), for each number of query tokens.
+        """
+
+    def advance(self, slots: list[int], input_tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+        """Verify drafts and append at least one more token.
+
+        Args:
+            slots: as `propose` returned them.
+            input_tokens: as `propose` returned them.
+            logits: (slots * num_beams, query tokens, vocabulary), what follows each of the tokens.
+
+        Returns:
+            The beam of its slot that each beam goes on from, (slots, num_beams); None where each goes on from itself.
+        """
+
+    def take(self, slots: list[int]) -> list[tuple[list[int], bool]]:
+        """New tokens of each slot's answer since they were last taken, and True if that is its end.
+
+        Beam search has an answer only when it ends. The stop token that ends an answer is one of its tokens.
+        """
 
 
 class Greedy:
-    """Always the most probable token.
+    """Greedy decoding: always the most probable token.
 
-    An answer whose last tokens stand in it a second time is likely to go on as it did before. Where few answers are in
-    the making, what followed is computed in the same step as a guess, and kept as far as it is what the model says: the
-    answer is the same, and there sooner (speculative decoding, Leviathan et al. 2023; the draft is the answer).
-    """
-
-    width = 1
-
-    def __init__(self, groups: int, limit: int, ends: Sequence[int], device: torch.device) -> None:
-        self.limit, self.ends = limit, torch.tensor(list(ends), device=device)
-        self.count = torch.zeros(groups, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(groups, limit, dtype=torch.int64, device=device)
-        self.ended = torch.zeros(groups, dtype=torch.bool, device=device)
-
-    def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """See `Search`."""
-        tokens, count = self.tokens[groups], self.count[groups, None]
-        period = _period(tokens, count) if len(groups) <= FEW else torch.zeros_like(count)
-        # As many as are computed, or may follow; in an answer that repeats itself, those of the times before.
-        steps = torch.arange(GUESSES + 1, device=groups.device)
-        at = torch.where(period > 0, count - 1 - period + steps % period.clamp(min=1), count - 1)
-        at[:, 0] = count[:, 0] - 1
-        fed, repeats = tokens.gather(1, at), period[:, 0] > 0
-        parts = (groups[~repeats], fed[~repeats, :1]), (groups[repeats], fed[repeats])
-        return [part for part in parts if len(part[0])]
-
-    def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
-        """See `Search`."""
-        self.count[groups] = 0
-        self.advance(groups, self.tokens[groups, :1], logits[:, None])
-
-    def advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> None:
-        """See `Search`."""
-        best, chosen = logits.max(-1)
-        require_numbers(best)
-        count = self.count[groups]
-        # A token follows from right guesses only, no token follows an end, and there is a limit.
-        wrong, ends = fed[:, 1:] != chosen[:, :-1], torch.isin(chosen, self.ends)
-        follows = torch.cat((torch.zeros_like(ends[:, :1]), wrong | ends[:, :-1]), 1).cumsum(1) == 0
-        at = count[:, None] + torch.arange(fed.shape[1], device=groups.device)
-        follows &= at < self.limit
-        rows = groups[:, None].expand_as(at)
-        self.tokens[rows[follows], at[follows]] = chosen[follows]
-        self.count[groups] = count + follows.sum(1)
-        self.ended[groups] = (ends & follows).any(1) | (self.count[groups] >= self.limit)
-
-    def finished(self, groups: torch.Tensor) -> torch.Tensor:
-        """See `Search`."""
-        return self.ended[groups]
-
-    def answer(self, group: int) -> list[int]:
-        """See `Search`."""
-        return self.tokens[group, : int(self.count[group])].tolist()
-
-
-def _period(tokens: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """How far back the last `REPEATED` of `count` tokens stand a second time, the nearest; 0 where they do not.
+    An answer whose last tokens occur in it before is likely to go on as it did then. Where few requests are running,
+    what followed then is computed in the same forward as a draft, and kept as far as it is what the model says: the
+    answer is the same, and there sooner (speculative decoding, Leviathan et al. 2023; the draft model is n-gram lookup
+    in the answer).
 
     Args:
-        tokens: (answers, limit).
-        count: (answers, 1).
+        stop_token_ids: the tokens that end an answer.
+        device: of the model.
     """
-    most = int(count.max())
-    if most <= REPEATED:
+
+    num_beams = 1
+
+    def __init__(self, stop_token_ids: Sequence[int], device: torch.device) -> None:
+        self._stop_token_ids = torch.tensor(list(stop_token_ids), device=device)
+        self._stops = frozenset(stop_token_ids)
+        # Of each slot; what is behind its `num_tokens` is of drafts that were wrong, or of a request before.
+        self._tokens = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self.num_tokens: list[int] = []
+        self._limits: list[int] = []
+        self._new: list[list[int]] = []
+
+    def grow(self, num_slots: int, max_new_tokens: int) -> None:
+        """See `DecodingStrategy`."""
+        more = num_slots - len(self.num_tokens)
+        # Drafts may go over the limit, and are written before they are cut there.
+        self._tokens = _grown(self._tokens, num_slots, max_new_tokens + NUM_SPECULATIVE_TOKENS)
+        self.num_tokens += [0] * more
+        self._limits += [0] * more
+        self._new += [[] for _ in range(more)]
+
+    def begin(self, slots: list[int], limits: list[int], logits: torch.Tensor) -> None:
+        """See `DecodingStrategy`."""
+        for slot, limit in zip(slots, limits, strict=True):
+            self.num_tokens[slot], self._limits[slot], self._new[slot] = 0, limit, []
+        self.advance(slots, self._tokens.new_zeros(len(slots), 1), logits[:, None])
+
+    def propose(self, slots: list[int]) -> list[tuple[list[int], torch.Tensor]]:
+        """See `DecodingStrategy`."""
+        rows, counts = self._rows(slots)
+        if len(slots) > MAX_SPECULATIVE_BATCH:
+            return [(slots, self._tokens[rows, counts - 1])]
+        tokens = self._tokens[rows[:, 0]]
+        period = _ngram_period(tokens, [self.num_tokens[slot] for slot in slots])
+        # Drafts: from the place after the n-gram's occurrence on, again from there where it reaches the last token.
+        ahead = torch.arange(NUM_SPECULATIVE_TOKENS + 1, device=tokens.device)
+        at = torch.where(period > 0, counts - 1 - period + ahead % period.clamp(min=1), counts - 1)
+        at[:, 0] = counts[:, 0] - 1
+        input_tokens, repeats = tokens.gather(1, at), (period[:, 0] > 0).tolist()
+        parts = []
+        for drafted, num_query_tokens in ((False, 1), (True, NUM_SPECULATIVE_TOKENS + 1)):
+            chosen = [row for row, repeated in enumerate(repeats) if repeated == drafted]
+            if chosen:
+                parts.append(([slots[row] for row in chosen], input_tokens[chosen, :num_query_tokens]))
+        return parts
+
+    def advance(self, slots: list[int], input_tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """See `DecodingStrategy`."""
+        best, chosen = logits.max(-1)
+        require_numbers(best)
+        # A token counts if all drafts before it are what the model chose, and none of them ended the answer.
+        stops = torch.isin(chosen, self._stop_token_ids)
+        rejected = (input_tokens[:, 1:] != chosen[:, :-1]) | stops[:, :-1]
+        num_accepted = 1 + (rejected.cumsum(1) == 0).sum(1, keepdim=True)
+        rows, counts = self._rows(slots)
+        self._tokens[rows, counts + torch.arange(chosen.shape[1], device=chosen.device)] = chosen
+        # The one wait for the device in a step: the host must know which answers end.
+        for slot, (accepted, *tokens) in zip(slots, torch.cat((num_accepted, chosen), 1).tolist(), strict=True):
+            tokens = tokens[: min(accepted, self._limits[slot] - self.num_tokens[slot])]
+            self.num_tokens[slot] += len(tokens)
+            self._new[slot] += tokens
+
+    def take(self, slots: list[int]) -> list[tuple[list[int], bool]]:
+        """See `DecodingStrategy`."""
+        found = []
+        for slot in slots:
+            tokens, self._new[slot] = self._new[slot], []
+            stopped = bool(tokens) and tokens[-1] in self._stops
+            found.append((tokens, stopped or self.num_tokens[slot] >= self._limits[slot]))
+        return found
+
+    def _rows(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and their numbers of tokens on the device, (slots, 1) each."""
+        pairs = [(slot, self.num_tokens[slot]) for slot in slots]
+        rows, counts = torch.tensor(pairs, device=self._tokens.device).split(1, 1)
+        return rows, counts
+
+
+def _ngram_period(tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Distance from the last `NGRAM_SIZE` tokens of each answer back to the nearest place where they occur, 0 for none.
+
+    Args:
+        tokens: (answers, limit), int64.
+        counts: tokens of each answer.
+
+    Returns:
+        (answers, 1), int64.
+    """
+    count = torch.tensor(counts, device=tokens.device)[:, None]
+    most = max(counts)
+    if most <= NGRAM_SIZE:
         return torch.zeros_like(count)
-    last = torch.arange(REPEATED, device=tokens.device) - REPEATED
+    last = torch.arange(NGRAM_SIZE, device=tokens.device) - NGRAM_SIZE
     recent = tokens.gather(1, (count + last).clamp(min=0))
-    same = (tokens[:, :most].unfold(1, REPEATED, 1) == recent[:, None]).all(-1)
+    same = (tokens[:, :most].unfold(1, NGRAM_SIZE, 1) == recent[:, None]).all(-1)
     starts = torch.arange(same.shape[1], device=tokens.device)
-    nearest = torch.where(same & (starts < count - REPEATED), starts, -1).amax(1, keepdim=True)
-    return torch.where(nearest >= 0, count - REPEATED - nearest, 0)
+    nearest = torch.where(same & (starts < count - NGRAM_SIZE), starts, -1).amax(1, keepdim=True)
+    return torch.where(nearest >= 0, count - NGRAM_SIZE - nearest, 0)
 
 
-class Beams:
+class BeamSearch:
     """Beam search as in transformers' `generate`, with length penalty 1 and without early stopping.
 
-    A question ends when the best of its unfinished beams, at its mean log-probability, could not enter the finished
-    ones any more.
+    A request ends when the best of its open beams, at its mean log-probability, could not enter the finished ones any
+    more.
+
+    Args:
+        num_beams: open beams, and finished ones, of each slot.
+        stop_token_ids: the tokens that end an answer.
+        device: of the model.
     """
 
-    def __init__(self, groups: int, width: int, limit: int, ends: Sequence[int], device: torch.device) -> None:
-        self.width, self.limit, self.ends = width, limit, torch.tensor(list(ends), device=device)
+    def __init__(self, num_beams: int, stop_token_ids: Sequence[int], device: torch.device) -> None:
+        self.num_beams, self._device = num_beams, device
+        self._stop_token_ids = torch.tensor(list(stop_token_ids), device=device)
         # So many candidates that as many as there are beams go on whatever ends.
-        self.candidates = max(2, 1 + len(self.ends)) * width
-        self.count = torch.zeros(groups, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(groups, width, limit, dtype=torch.int64, device=device)
-        self.scores = torch.zeros(groups, width, device=device)
-        self.done_tokens = torch.zeros_like(self.tokens)
-        self.done_lengths = torch.zeros(groups, width, dtype=torch.int64, device=device)
-        self.done_scores = torch.zeros_like(self.scores)
-        self.done = torch.zeros(groups, width, dtype=torch.bool, device=device)
-        self.ended = torch.zeros(groups, dtype=torch.bool, device=device)
+        self._num_candidates = max(2, 1 + len(self._stop_token_ids)) * num_beams
+        self.num_tokens: list[int] = []
+        self._limits: list[int] = []
+        self._tokens = torch.zeros(0, num_beams, 0, dtype=torch.int64, device=device)
+        self._scores = torch.zeros(0, num_beams, device=device)
+        self._done_tokens = torch.zeros_like(self._tokens)
+        self._done_lengths = torch.zeros(0, num_beams, dtype=torch.int64, device=device)
+        self._done_scores = torch.zeros_like(self._scores)
+        self._done = torch.zeros(0, num_beams, dtype=torch.bool, device=device)
+        self._ended = torch.zeros(0, dtype=torch.bool, device=device)
 
-    def feed(self, groups: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """See `Search`."""
-        last = (self.count[groups, None, None] - 1).expand(-1, self.width, 1)
-        return [(groups, self.tokens[groups].gather(2, last).flatten(0, 1))]
+    def grow(self, num_slots: int, max_new_tokens: int) -> None:
+        """See `DecodingStrategy`."""
+        more = num_slots - len(self.num_tokens)
+        self.num_tokens += [0] * more
+        self._limits += [0] * more
+        for name in ("_tokens", "_done_tokens"):
+            setattr(self, name, _grown(getattr(self, name), num_slots, self.num_beams, max_new_tokens))
+        for name in ("_scores", "_done_lengths", "_done_scores", "_done", "_ended"):
+            setattr(self, name, _grown(getattr(self, name), num_slots))
 
-    def begin(self, groups: torch.Tensor, logits: torch.Tensor) -> None:
-        """See `Search`."""
-        self.count[groups] = 0
-        self.scores[groups] = _NEVER  # all beams begin alike: only one may have children
-        self.scores[groups, 0] = 0.0
-        self.done_scores[groups] = _NEVER
-        self.done[groups] = False
-        self._extend(groups, logits.repeat_interleave(self.width, 0))
+    def begin(self, slots: list[int], limits: list[int], logits: torch.Tensor) -> None:
+        """See `DecodingStrategy`."""
+        for slot, limit in zip(slots, limits, strict=True):
+            self.num_tokens[slot], self._limits[slot] = 0, limit
+        rows = torch.tensor(slots, device=self._device)
+        self._scores[rows] = _NEVER  # all beams begin alike: only one may have children
+        self._scores[rows, 0] = 0.0
+        self._done_scores[rows] = _NEVER
+        self._done[rows] = False
+        self._extend(slots, logits.repeat_interleave(self.num_beams, 0))
 
-    def advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """See `Search`."""
-        return self._extend(groups, logits[:, 0])
+    def propose(self, slots: list[int]) -> list[tuple[list[int], torch.Tensor]]:
+        """See `DecodingStrategy`."""
+        last = torch.tensor([self.num_tokens[slot] - 1 for slot in slots], device=self._device)
+        rows = torch.tensor(slots, device=self._device)
+        return [(slots, self._tokens[rows, :, last].view(-1, 1))]
 
-    def finished(self, groups: torch.Tensor) -> torch.Tensor:
-        """See `Search`."""
-        return self.ended[groups]
+    def advance(self, slots: list[int], input_tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """See `DecodingStrategy`."""
+        return self._extend(slots, logits[:, 0])
 
-    def answer(self, group: int) -> list[int]:
-        """See `Search`."""
-        return self.done_tokens[group, 0, : int(self.done_lengths[group, 0])].tolist()
+    def take(self, slots: list[int]) -> list[tuple[list[int], bool]]:
+        """See `DecodingStrategy`."""
+        rows = torch.tensor(slots, device=self._device)
+        found: list[tuple[list[int], bool]] = []
+        for slot, ended in zip(slots, self._ended[rows].tolist(), strict=True):
+            length = int(self._done_lengths[slot, 0]) if ended else 0
+            found.append((self._done_tokens[slot, 0, :length].tolist(), ended))
+        return found
 
-    def _extend(self, groups: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """One more token for `groups`; returns (groups, width), the beam that each beam goes on from."""
-        count = self.count[groups, None]
-        among = min(self.candidates, logits.shape[-1])
+    def _extend(self, slots: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """One more token for each slot's beams.
+
+        Args:
+            slots: the slots.
+            logits: (slots * num_beams, vocabulary).
+
+        Returns:
+            The beam that each beam goes on from, (slots, num_beams).
+        """
+        rows = torch.tensor(slots, device=self._device)
+        sizes = [(self.num_tokens[slot], self._limits[slot]) for slot in slots]
+        count, limit = torch.tensor(sizes, device=self._device).split(1, 1)
+        # Candidates: the best continuations of each beam, and the best of these of each slot.
+        among = min(self._num_candidates, logits.shape[-1])
         logits = logits.float()
         best, words = logits.topk(among)
         require_numbers(best)
         best = best - logits.logsumexp(-1, keepdim=True)
-        best = (best.view(len(groups), self.width, among) + self.scores[groups, :, None]).flatten(1)
-        scores, at = best.topk(self.candidates)
-        parents, chosen = at // among, words.view(len(groups), -1).gather(1, at)
-        tokens = _gather(self.tokens[groups], parents)
-        tokens.scatter_(2, count[:, :, None].expand(-1, self.candidates, 1), chosen[:, :, None])
-        stops = torch.isin(chosen, self.ends) | (count + 1 >= self.limit)
+        best = (best.view(len(slots), self.num_beams, among) + self._scores[rows, :, None]).flatten(1)
+        scores, at = best.topk(self._num_candidates)
+        parents, chosen = at // among, words.view(len(slots), -1).gather(1, at)
+        tokens = _gather(self._tokens[rows], parents)
+        tokens.scatter_(2, count[:, :, None].expand(-1, self._num_candidates, 1), chosen[:, :, None])
+        stops = torch.isin(chosen, self._stop_token_ids) | (count + 1 >= limit)
 
-        open_scores, kept = (scores + stops * _NEVER).topk(self.width)
-        self.tokens[groups], self.scores[groups] = _gather(tokens, kept), open_scores
+        # Open beams: the best candidates that do not end.
+        open_scores, kept = (scores + stops * _NEVER).topk(self.num_beams)
+        self._tokens[rows], self._scores[rows] = _gather(tokens, kept), open_scores
 
-        first = torch.arange(self.candidates, device=logits.device) < self.width
+        # Finished beams: the best of those before and of what ends among the first `num_beams` candidates.
+        first = torch.arange(self._num_candidates, device=logits.device) < self.num_beams
         ends = stops & first
         ended = scores / (count + 1) + ~ends * _NEVER
-        merged = torch.cat((self.done_scores[groups], ended), 1)
-        self.done_scores[groups], best_done = merged.topk(self.width)
-        lengths = torch.cat((self.done_lengths[groups], (count + 1).expand_as(chosen)), 1)
-        self.done_tokens[groups] = _gather(torch.cat((self.done_tokens[groups], tokens), 1), best_done)
-        self.done_lengths[groups] = lengths.gather(1, best_done)
-        self.done[groups] = torch.cat((self.done[groups], ends), 1).gather(1, best_done)
+        merged = torch.cat((self._done_scores[rows], ended), 1)
+        self._done_scores[rows], best_done = merged.topk(self.num_beams)
+        lengths = torch.cat((self._done_lengths[rows], (count + 1).expand_as(chosen)), 1)
+        self._done_tokens[rows] = _gather(torch.cat((self._done_tokens[rows], tokens), 1), best_done)
+        self._done_lengths[rows] = lengths.gather(1, best_done)
+        self._done[rows] = torch.cat((self._done[rows], ends), 1).gather(1, best_done)
 
-        self.count[groups] += 1
-        worst = torch.where(self.done[groups], self.done_scores[groups].amin(1, keepdim=True), _NEVER)
+        worst = torch.where(self._done[rows], self._done_scores[rows].amin(1, keepdim=True), _NEVER)
         hopeful = (open_scores[:, :1] / (count + 1) > worst).any(1)
-        self.ended[groups] = ~hopeful | stops.all(1)
+        self._ended[rows] = ~hopeful | stops.all(1)
+        for slot in slots:
+            self.num_tokens[slot] += 1
         return parents.gather(1, kept)
 
 
 def _gather(values: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
-    """(groups, beams, tokens), (groups, chosen) -> (groups, chosen, tokens)."""
+    """(slots, beams, tokens), (slots, chosen) -> (slots, chosen, tokens)."""
     return values.gather(1, beams[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def _grown(values: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """`values` in a tensor whose first dimensions have at least these sizes; zeros are added."""
+    shape = [*map(max, values.shape, sizes), *values.shape[len(sizes) :]]
+    if shape == list(values.shape):
+        return values
+    larger = values.new_zeros(shape)
+    larger[tuple(map(slice, values.shape))] = values
+    return larger
 
 
 def require_numbers(scores: torch.Tensor) -> None:

@@ -1,256 +1,398 @@
-"""The generation engine: continuous batching over the slots of one cache.
+"""The generation engine: requests come at any time, and all that run share every forward (continuous batching).
 
-The prefix that all prompts share is computed once, by each adapter that there is. Every forward then computes the next
-tokens of each answer in the making and the whole prompts of those that begin, in one row (see
-`llm_adapters.ops.kv_cache`): an answer that ends makes room for the next question in the same moment.
+    engine = Engine(fast_paths, stop_token_ids, max_num_seqs=256)
+    request_id = engine.add(prompt_ids, max_new_tokens=256)    # at any time, also between steps
+    while engine.has_unfinished:
+        for output in engine.step():
+            output.request_id, output.token_ids, output.finish_reason
+
+A forward computes the next tokens of each running request and the whole prompts of those that begin, in one row (see
+`ops.kv_cache`): a request that ends makes room for the next one in the same moment. The prefix that prompts share is
+computed once by each adapter and kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
-from llm_adapters.fast_paths.session import FastPaths, differs, learned_prefix, probe_sequences
-from llm_adapters.generation.decoding import Beams, Greedy, Search
-from llm_adapters.ops.kv_cache import PAGE, Decoded, PagedCache, Step
+from llm_adapters.errors import RequestError, unknown
+from llm_adapters.fast_paths.routing import NO_ADAPTER
+from llm_adapters.fast_paths.session import FastPaths
+from llm_adapters.generation.decoding import BeamSearch, DecodingStrategy, Greedy
+from llm_adapters.generation.forward import forward_logits, learned_prefix
+from llm_adapters.ops.kv_cache import DecodeBatch, ForwardBatch, PagedCache, num_blocks
 from llm_adapters.ops.packing import Pack, common_prefix, rounded
 
-_ROWS = 16  # tokens are computed in such numbers (see `packing.rounded`)
-PROMPT_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and answers wait for it
+_ROW_STEP = 16  # tokens are computed in such numbers (see `packing.rounded`)
+MAX_PREFILL_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and running requests wait
 
-# (index of the prompt, the tokens of its answer, the one that ends it included)
-Ended = list[tuple[int, list[int]]]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step brought a request.
+
+    Attributes:
+        request_id: as `Engine.add` returned it.
+        token_ids: new tokens, the stop token included; of beam search all of them, when the request ends.
+        finish_reason: ``"stop"`` for a stop token, ``"length"`` for `max_new_tokens`, None while it is running.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class _Request:
+    """A request that is waiting or running; `prompt` begins with places for a learned prefix."""
+
+    request_id: int
+    prompt: list[int]
+    adapter: int
+    max_new_tokens: int
+
+    @property
+    def max_len(self) -> int:
+        return len(self.prompt) + self.max_new_tokens
 
 
 class Engine:
-    """Answers prompts with an accelerated model, once.
+    """Answers requests with an accelerated model. The cache grows with what is asked, and is kept.
 
     Args:
-        fast_paths: the model's, on and frozen, with `packs`.
-        prompts: token ids, none empty; of an adapter's, the longest are answered first.
-        ends: the tokens that end an answer.
-        max_new_tokens: the longest answer.
+        fast_paths: the model's, on, for inference, with `packs`.
+        stop_token_ids: the tokens that end an answer.
         num_beams: 1 for greedy decoding.
-        slots: how many answers are in the making at a time.
-        routes: for each prompt the number of its adapter among those that the `fast_paths` was given.
+        max_num_seqs: the most requests that run at a time; may be changed between steps.
     """
 
     def __init__(
-        self,
-        fast_paths: FastPaths,
-        prompts: Sequence[Sequence[int]],
-        ends: Sequence[int],
-        *,
-        max_new_tokens: int,
-        num_beams: int = 1,
-        slots: int,
-        routes: Sequence[int] | None = None,
+        self, fast_paths: FastPaths, stop_token_ids: Sequence[int], *, num_beams: int = 1, max_num_seqs: int = 256
     ) -> None:
-        self.fast_paths, self.device = fast_paths, fast_paths.base.device
-        with torch.no_grad():
-            learned = learned_prefix(fast_paths.model)
-        # A learned prefix takes the places of so many tokens that all prompts begin with, and that are never computed.
-        self.learned = learned[0][0].shape[1] if learned else 0
-        self.limit = max_new_tokens
-        self.prompts = [[0] * self.learned + list(prompt) for prompt in prompts]
-        self.groups = min(slots, len(prompts))
-        self.search: Search = (
-            Greedy(self.groups, max_new_tokens, ends, self.device)
+        self.fast_paths, self._max_num_seqs = fast_paths, max_num_seqs
+        self._device: torch.device = fast_paths.base.device
+        self._stops = frozenset(stop_token_ids)
+        self._strategy: DecodingStrategy = (
+            Greedy(stop_token_ids, self._device)
             if num_beams == 1
-            else Beams(self.groups, num_beams, max_new_tokens, ends, self.device)
+            else BeamSearch(num_beams, stop_token_ids, self._device)
         )
-        self.prefix = max(self.learned, common_prefix(self.prompts))
-        longest = max(map(len, self.prompts)) - self.prefix + max_new_tokens
-        self.cache = PagedCache(self.groups * num_beams, longest, self.device)
-        for layer, (keys, values) in enumerate(learned):
-            self.cache.keep_prefix(layer, keys, values)
-        if (routes is None) != (fast_paths.route is None):
-            raise ValueError("routes are for an fast_paths of several adapters, and needed for it")
-        self.routes = list(routes) if routes is not None else [0] * len(prompts)
-        # Of each adapter; the next one is the last.
-        self.waiting: dict[int, list[int]] = {route: [] for route in sorted(set(self.routes))}
-        for index in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            self.waiting[self.routes[index]].append(index)
-        self.owners: dict[int, int] = {}  # of each group in use, the prompt
-        # The lengths of these prompts, and their adapters.
-        self.lengths, self.adapters = torch.zeros(2, self.groups, dtype=torch.int64, device=self.device)
+        self.cache = PagedCache(0, 0, self._device)
+        with torch.no_grad():
+            self._learned = learned_prefix(fast_paths.model)
+        # A learned prefix takes the places of so many tokens that all prompts begin with, and that are never computed.
+        self._num_learned = self._learned[0][0].shape[1] if self._learned else 0
+        self._ids = itertools.count()
+        self._waiting: dict[int, deque[_Request]] = {n: deque() for n in range(fast_paths.adapter_count)}
+        self._running: dict[int, _Request] = {}  # by slot
+        self._misfits: set[int] = set()  # waiting requests that do not begin with the prefix
+        self._grows = False  # requests have come, or the prefix has changed, since the cache was last made to fit
+        self._prefix: list[int] = []
+        self._compute_prefix([0] * self._num_learned)
 
-    @torch.inference_mode()
-    def run(self, on_token: Callable[[int, int], None] | None = None) -> Iterator[Ended]:
-        """Answer everything; yields the answers that end, whenever some do.
+    @property
+    def max_num_seqs(self) -> int:
+        """The most requests that run at a time."""
+        return self._max_num_seqs
+
+    @max_num_seqs.setter
+    def max_num_seqs(self, value: int) -> None:
+        self._max_num_seqs, self._grows = value, self.has_unfinished
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a request is waiting or running."""
+        return bool(self._running) or any(self._waiting.values())
+
+    def add(self, prompt: Sequence[int], *, adapter: str | None = None, max_new_tokens: int = 256) -> int:
+        """Add a request; it begins in one of the next steps, after those of the same adapter that came before.
 
         Args:
-            on_token: for greedy decoding, called with the index of a prompt and each token of its answer.
+            prompt: token ids.
+            adapter: the name of one of the adapters that `fast_paths` was given; None for the model as it is.
+            max_new_tokens: the longest answer.
+
+        Returns:
+            Its number.
+
+        Raises:
+            RequestError: the prompt is empty, the limit below 1, or the adapter unknown.
         """
-        for route in range(self.fast_paths.adapter_count) if self.prefix > self.learned else ():
-            prefix = Pack.of([self.prompts[0][: self.prefix]], self.learned, self.device)
-            self._forward([], prefix, None, route)
-        told: dict[int, int] = {}
-        while any(self.waiting.values()) or self.owners:
-            going = sorted(self.owners, key=lambda group: (self.routes[self.owners[group]], group))
-            fed = self.search.feed(torch.tensor(going, device=self.device)) if going else []
-            fresh, route = self._admit()
-            *advanced, begun = self._forward(fed, *self._new(fresh), route)
-            for (groups, tokens), logits in zip(fed, advanced, strict=True):
-                self._advance(groups, tokens, logits)
-            if fresh:
-                self._begin(fresh, begun, route)
-            if on_token is not None:
-                for group, owner in self.owners.items():
-                    answer = self.search.answer(group)
-                    for token in answer[told.get(owner, 0) :]:
-                        on_token(owner, token)
-                    told[owner] = len(answer)
-            if ended := self._collect():
-                yield ended
-            if not any(self.waiting.values()):
-                self.cache.compact()
+        if not prompt:
+            raise RequestError("the prompt is empty: a model needs a token to go on from.")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={max_new_tokens} is too small: give 1 or more.")
+        number, ids = self._adapter_number(adapter), [0] * self._num_learned + list(prompt)
+        request = _Request(next(self._ids), ids, number, max_new_tokens)
+        self._waiting[number].append(request)
+        if not self._fits(request):
+            self._misfits.add(request.request_id)
+        self._grows = True
+        return request.request_id
 
-    # --- a step
+    @torch.inference_mode()
+    def cancel(self, request_id: int) -> None:
+        """Drop a request that is waiting or running; nothing more comes of it. One that has ended is left as it is."""
+        self._misfits.discard(request_id)
+        for queue in self._waiting.values():
+            for request in queue:
+                if request.request_id == request_id:
+                    queue.remove(request)
+                    return
+        for slot, request in self._running.items():
+            if request.request_id == request_id:
+                self._release(slot)
+                return
 
-    def _admit(self) -> tuple[list[int], int]:
-        """Give waiting prompts of one adapter, that with the most of them, to free groups; returns these, and it."""
-        fresh: list[int] = []
-        route = max(self.waiting, key=lambda route: len(self.waiting[route]))
-        waiting, room = self.waiting[route], PROMPT_TOKENS
-        for group in (group for group in range(self.groups) if group not in self.owners):
-            if not waiting or (fresh and room < len(self.prompts[waiting[-1]]) - self.prefix):
+    @torch.inference_mode()
+    def set_prefix(self, prefix: Sequence[int]) -> None:
+        """Compute the beginning that the next prompts share, by each adapter, unless it is the one that is kept.
+
+        Requests that do not begin with it are answered too: they wait until no other is running, and the engine takes
+        what all that wait begin with for the prefix then.
+
+        Args:
+            prefix: token ids; none for no shared prefix.
+
+        Raises:
+            RequestError: requests are running, on the prefix that there is.
+        """
+        wanted = [0] * self._num_learned + list(prefix)
+        if wanted == self._prefix:
+            return
+        if self._running:
+            raise RequestError(
+                f"the shared prefix cannot change while {len(self._running)} requests are running: step until "
+                "they have ended, or cancel them."
+            )
+        self._compute_prefix(wanted)
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """One forward: one or more new tokens for each running request, the first ones for those that begin.
+
+        Raises:
+            WorkError: the model's logits are not numbers.
+        """
+        # 1. Schedule: waiting requests of one adapter take free slots. Running ones are in the order of their adapters.
+        decoding = sorted(self._running, key=lambda slot: (self._running[slot].adapter, slot))
+        prefills, adapter = self._schedule()
+        if not decoding and not prefills:
+            return []
+        # 2. Propose: the last token of each running request, and draft tokens after it.
+        proposed = self._strategy.propose(decoding) if decoding else []
+        # 3. Forward: all of these tokens and the new prompts, in one row.
+        *logits, prompt_logits = self._forward(proposed, prefills, adapter)
+        # 4. Verify and append: drafts are kept as far as the model agrees; one more token in any case.
+        for (slots, input_tokens), part in zip(proposed, logits, strict=True):
+            self._advance(slots, input_tokens, part)
+        if prefills:
+            self._begin(prefills, prompt_logits)
+        # 5. Retire: requests that have ended free their slots and blocks.
+        outputs = self._retire()
+        if not any(self._waiting.values()):
+            self.cache.compact()
+        return outputs
+
+    # --- 1. schedule
+
+    def _schedule(self) -> tuple[list[int], int]:
+        """Give free slots to waiting requests of the adapter that most are waiting for; returns the slots, and it."""
+        if self._misfits and not self._running:
+            prompts = [request.prompt for queue in self._waiting.values() for request in queue]
+            self._compute_prefix(prompts[0][: max(self._num_learned, common_prefix(prompts))])
+        if self._grows:
+            self._grow()
+        # Nobody overtakes a request that waits for another prefix, or it might wait for ever.
+        barrier = min(self._misfits, default=None)
+        ready = {
+            adapter: queue
+            for adapter, queue in self._waiting.items()
+            if queue and (barrier is None or queue[0].request_id < barrier)
+        }
+        if not ready:
+            return [], 0
+        prefills: list[int] = []
+        adapter = max(ready, key=lambda number: len(ready[number]))
+        queue, budget = ready[adapter], MAX_PREFILL_TOKENS
+        for slot in (slot for slot in range(self.max_num_seqs) if slot not in self._running):
+            if not queue or (barrier is not None and queue[0].request_id >= barrier):
                 break
-            self.owners[group] = waiting.pop()
-            room -= len(self.prompts[self.owners[group]]) - self.prefix
-            fresh.append(group)
-        return fresh, route
+            size = len(queue[0].prompt) - len(self._prefix)
+            if len(self._running) >= self.max_num_seqs or (prefills and budget < size):
+                break
+            self._running[slot] = queue.popleft()
+            budget -= size
+            prefills.append(slot)
+        return prefills, adapter
 
-    def _new(self, fresh: list[int]) -> tuple[Pack | None, list[int] | None]:
-        """The prompts of the `fresh` groups, and the slots for them."""
-        if not fresh:
-            return None, None
-        pack = Pack.of([self.prompts[self.owners[group]] for group in fresh], self.prefix, self.device)
-        slots = [group * self.search.width for group in fresh]
-        for slot, length in zip(slots, pack.lengths, strict=True):
-            self.cache.reserve(slot, length)
-        return pack, slots
+    def _grow(self) -> None:
+        """Make the cache large enough for the largest requests that may ever run together: none meets its end."""
+        waiting = itertools.chain.from_iterable(self._waiting.values())
+        requests = [*self._running.values(), *waiting]
+        num_slots, num_beams = min(self.max_num_seqs, len(requests)), self._strategy.num_beams
+        num_slots = max([num_slots, *(1 + slot for slot in self._running)])
+        lengths = heapq.nlargest(num_slots, (request.max_len - len(self._prefix) for request in requests))
+        self.cache.grow(num_slots * num_beams, lengths[0], num_beams * sum(map(num_blocks, lengths)))
+        self._strategy.grow(num_slots, max(request.max_new_tokens for request in requests))
+        self._grows = False
+
+    def _fits(self, request: _Request) -> bool:
+        size = len(self._prefix)
+        return len(request.prompt) > size and request.prompt[:size] == self._prefix
+
+    def _compute_prefix(self, prefix: list[int]) -> None:
+        """Have the cache hold the keys and values of `prefix`, which begins with the places of a learned one."""
+        self._prefix = []
+        self.cache.clear_prefix()
+        for layer, (keys, values) in enumerate(self._learned):
+            self.cache.keep_prefix(layer, keys, values)
+        for adapter in range(self.fast_paths.adapter_count) if len(prefix) > self._num_learned else ():
+            pack = Pack.of([prefix], self._num_learned, self._device)
+            batch = ForwardBatch(self.cache, (), pack, None, adapter)
+            forward_logits(self.fast_paths, batch, torch.zeros(0, dtype=torch.int64, device=self._device))
+        self._prefix, self._grows = prefix, any(self._waiting.values())
+        waiting = itertools.chain.from_iterable(self._waiting.values())
+        self._misfits = {request.request_id for request in waiting if not self._fits(request)}
+
+    def _adapter_number(self, adapter: str | None) -> int:
+        route = self.fast_paths.route
+        if route is None:
+            if adapter is not None:
+                raise RequestError(
+                    f"adapter={adapter!r} is named, and the engine has no adapters: name them in `FastPaths(adapters=)`."
+                )
+            return 0
+        name = NO_ADAPTER if adapter is None else adapter
+        if name not in route.names:
+            raise unknown("adapter", name, route.names)
+        return int(route.names.index(name))
+
+    # --- 3. forward
 
     def _forward(
-        self,
-        fed: list[tuple[torch.Tensor, torch.Tensor]],
-        pack: Pack | None,
-        slots: list[int] | None,
-        route: int,
+        self, proposed: list[tuple[list[int], torch.Tensor]], prefills: list[int], adapter: int
     ) -> list[torch.Tensor]:
-        """The logits that follow the tokens of each part of `fed`, and those that follow the prompts of `pack`, which
-        are of the adapter `route`."""
-        count = sum(tokens.numel() for _, tokens in fed)
-        fillers = rounded(count, _ROWS) - count  # all in the first part, which has the fewest tokens beside each other
-        decoded = []
-        for groups, tokens in fed:
-            decoded.append(self._decoded(groups, tokens.shape[1], fillers // tokens.shape[1]))
-            fillers = 0
-        tokens = [
-            nn.functional.pad(tokens, (0, 0, 0, len(part.slots) - len(tokens))).flatten()
-            for (_, tokens), part in zip(fed, decoded, strict=True)
-        ]
-        row = torch.cat([torch.zeros(0, dtype=torch.int64, device=self.device), *tokens])
-        logits = self.fast_paths.logits(Step(self.cache, decoded, pack, slots, route), row)
-        *parts, prompts = logits.split([*map(len, tokens), len(logits) - len(row)])
+        """Logits of one forward.
+
+        Args:
+            proposed: slots and their input tokens, for each number of query tokens.
+            prefills: the slots whose requests begin.
+            adapter: of these.
+
+        Returns:
+            What follows the tokens of each part of `proposed`, (sequences, query tokens, vocabulary), and the prompts,
+            (prefills, vocabulary).
+        """
+        count = sum(tokens.numel() for _, tokens in proposed)
+        padding = rounded(count, _ROW_STEP) - count  # all in the first part, which has the fewest query tokens
+        decodes, row = [], [torch.zeros(0, dtype=torch.int64, device=self._device)]
+        for slots, tokens in proposed:
+            decode = self._decode_batch(slots, tokens.shape[1], padding // tokens.shape[1])
+            row.append(nn.functional.pad(tokens, (0, 0, 0, len(decode.seqs) - len(tokens))).flatten())
+            decodes.append(decode)
+            padding = 0
+        batch = ForwardBatch(self.cache, decodes, *self._prefill_pack(prefills), adapter)
+        logits = forward_logits(self.fast_paths, batch, torch.cat(row))
+        *parts, prompts = logits.split([*(len(part) for part in row[1:]), len(prefills)])
         found = [
             part.view(-1, tokens.shape[1], part.shape[-1])[: len(tokens)]
-            for part, (_, tokens) in zip(parts, fed, strict=True)
+            for part, (_, tokens) in zip(parts, proposed, strict=True)
         ]
         return [*found, prompts]
 
-    def _decoded(self, groups: torch.Tensor, beside: int, fillers: int) -> Decoded:
-        """So many neighbouring tokens of all slots of these `groups`, from the last one that their answers have."""
-        width = self.search.width
-        last = (self.lengths + self.limit)[groups, None] - 2  # what follows the last token of an answer, nobody reads
-        at = (self.lengths + self.search.count)[groups, None] - 1 + torch.arange(beside, device=self.device)
-        alive, at = (part.repeat_interleave(width, 0) for part in (at <= last, at.minimum(last)))
-        slots = self._slots(groups).flatten()
-        pages = (at[:, -1] - self.prefix) // PAGE
-        for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
-            self.cache.reserve(slot, page * PAGE + 1)
-        return Decoded(
-            nn.functional.pad(slots, (0, fillers), value=-1),
-            nn.functional.pad(at, (0, 0, 0, fillers)),
-            nn.functional.pad(alive, (0, 0, 0, fillers)),
-            nn.functional.pad(self.adapters[groups].repeat_interleave(width), (0, fillers)),
-        )
+    def _prefill_pack(self, prefills: list[int]) -> tuple[Pack | None, list[int] | None]:
+        """The prompts of the requests that begin, and the first sequence of each."""
+        if not prefills:
+            return None, None
+        pack = Pack.of([self._running[slot].prompt for slot in prefills], len(self._prefix), self._device)
+        seqs = [slot * self._strategy.num_beams for slot in prefills]
+        for seq, length in zip(seqs, pack.lengths, strict=True):
+            self.cache.reserve(seq, length)
+        return pack, seqs
 
-    def _slots(self, groups: torch.Tensor) -> torch.Tensor:
-        """(groups, width)."""
-        width = self.search.width
-        return groups[:, None] * width + torch.arange(width, device=self.device)
+    def _decode_batch(self, slots: list[int], num_query_tokens: int, padding: int) -> DecodeBatch:
+        """Neighbouring tokens of all sequences of the `slots`, from the last token that each has.
 
-    def _advance(self, groups: torch.Tensor, fed: torch.Tensor, logits: torch.Tensor) -> None:
-        parents = self.search.advance(groups, fed, logits)
+        Args:
+            slots: the slots.
+            num_query_tokens: tokens of each sequence.
+            padding: rows more that belong to no sequence.
+        """
+        seqs, positions, valid, adapters = [], [], [], []
+        for slot in slots:
+            request = self._running[slot]
+            first = len(request.prompt) + self._strategy.num_tokens[slot] - 1
+            last = request.max_len - 2  # nothing follows the last token of an answer
+            row = [min(first + ahead, last) for ahead in range(num_query_tokens)]
+            for seq in self._seqs(slot):
+                self.cache.reserve(seq, row[-1] - len(self._prefix) + 1)
+                seqs.append(seq)
+                positions.append(row)
+                valid.append([first + ahead <= last for ahead in range(num_query_tokens)])
+                adapters.append(request.adapter)
+        seqs += [-1] * padding
+        positions += [[0] * num_query_tokens] * padding
+        valid += [[False] * num_query_tokens] * padding
+        adapters += [0] * padding
+        at, real = (torch.tensor(rows, device=self._device) for rows in (positions, valid))
+        return DecodeBatch(tuple(seqs), at, real, tuple(adapters))
+
+    def _seqs(self, slot: int) -> range:
+        """The sequences of a slot, one for each beam."""
+        num_beams = self._strategy.num_beams
+        return range(slot * num_beams, (slot + 1) * num_beams)
+
+    # --- 4. verify and append
+
+    def _advance(self, slots: list[int], input_tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """More tokens for running requests; where beams go on from others, blocks are copied."""
+        parents = self._strategy.advance(slots, input_tokens, logits)
         if parents is None:
             return
-        slots = self._slots(groups)
-        source = slots.gather(1, parents)
-        moved = source != slots
+        seqs = torch.tensor([list(self._seqs(slot)) for slot in slots], device=self._device)
+        source = seqs.gather(1, parents)
+        moved = source != seqs
         if moved.any():
-            # A group's beams share its prompt.
-            first = int((self.lengths[groups[moved.any(1)]].min() - self.prefix) // PAGE)
-            self.cache.copy(source[moved], slots[moved], first)
+            # The beams of a request share its prompt.
+            changed = moved.any(1).nonzero().flatten().tolist()
+            shortest = min(len(self._running[slots[row]].prompt) for row in changed) - len(self._prefix)
+            self.cache.copy(source[moved], seqs[moved], num_blocks(shortest + 1) - 1)
 
-    def _begin(self, fresh: list[int], logits: torch.Tensor, route: int) -> None:
-        groups = torch.tensor(fresh, device=self.device)
-        sizes = [len(self.prompts[self.owners[group]]) for group in fresh]
-        self.lengths[groups], self.adapters[groups] = torch.tensor(sizes, device=self.device), route
-        self.search.begin(groups, logits)
-        width = self.search.width
-        for beam in range(1, width):
-            for group, size in zip(fresh, sizes, strict=True):
-                self.cache.reserve(group * width + beam, size - self.prefix)
-            self.cache.copy(groups * width, groups * width + beam)
+    def _begin(self, slots: list[int], logits: torch.Tensor) -> None:
+        """The first token of requests whose prompts have been computed; all beams get a copy of the prompt."""
+        requests = [self._running[slot] for slot in slots]
+        self._strategy.begin(slots, [request.max_new_tokens for request in requests], logits)
+        first = torch.tensor([self._seqs(slot)[0] for slot in slots], device=self._device)
+        for beam in range(1, self._strategy.num_beams):
+            for slot, request in zip(slots, requests, strict=True):
+                self.cache.reserve(self._seqs(slot)[beam], len(request.prompt) - len(self._prefix))
+            self.cache.copy(first, first + beam)
 
-    def _collect(self) -> Ended:
-        """The answers that have ended, whose groups are free again."""
-        found: Ended = []
-        used = list(self.owners)
-        ended_ones = self.search.finished(torch.tensor(used, device=self.device)).tolist()
-        for group, ended in zip(used, ended_ones, strict=True):
+    # --- 5. retire
+
+    def _retire(self) -> list[RequestOutput]:
+        """The new tokens of all running requests; those that have ended leave."""
+        outputs, slots = [], list(self._running)
+        for slot, (tokens, ended) in zip(slots, self._strategy.take(slots), strict=True):
+            request = self._running[slot]
+            reason: FinishReason | None = None
             if ended:
-                found.append((self.owners.pop(group), self.search.answer(group)))
-                for slot in range(group * self.search.width, (group + 1) * self.search.width):
-                    self.cache.release(slot)
-        return found
+                reason = "stop" if tokens and tokens[-1] in self._stops else "length"
+                self._release(slot)
+            if tokens or ended:
+                outputs.append(RequestOutput(request.request_id, tokens, reason))
+        return outputs
 
-
-@torch.inference_mode()
-def why_not(fast_paths: FastPaths) -> str | None:
-    """Why the engine cannot be used; None where it can, which is tried: some tokens by pieces against all at once."""
-    if not fast_paths.packs:
-        return fast_paths.report["packing"]
-    some, adapters = probe_sequences(fast_paths.base), fast_paths.adapter_count
-    sequences = [some[slot % len(some)] for slot in range(max(len(some), adapters))]
-    prefix, steps = 2, (1, 2)  # so many tokens beside each other
-    device = fast_paths.base.device
-    cache = PagedCache(len(sequences), max(map(len, sequences)), device)
-    slots = torch.arange(len(sequences), device=device)
-    found: dict[int, torch.Tensor] = {}
-    try:
-        for adapter in range(adapters):
-            mine = list(range(adapter, len(sequences), adapters))
-            shared = Pack.of([sequences[0][:prefix]], device=device)
-            fast_paths.logits(Step(cache, (), shared, None, adapter), slots[:0])
-            pack = Pack.of([sequences[slot][: -sum(steps)] for slot in mine], prefix, device)
-            for slot in mine:
-                cache.reserve(slot, len(sequences[slot]) - prefix)
-            logits = fast_paths.logits(Step(cache, (), pack, mine, adapter), slots[:0])
-            found |= dict(zip(mine, logits[:, None], strict=True))
-        ends = torch.tensor([list(range(len(sequence) - sum(steps), len(sequence))) for sequence in sequences])
-        tokens = torch.tensor([sequence[-sum(steps) :] for sequence in sequences])
-        for at, part in zip(ends.to(device).split(steps, 1), tokens.to(device).split(steps, 1), strict=True):
-            decoded = Decoded(slots, at, at >= 0, slots % adapters)
-            logits = fast_paths.logits(Step(cache, [decoded]), part.flatten()).view(*at.shape, -1)
-            found = {slot: torch.cat((found[slot], rows)) for slot, rows in enumerate(logits)}
-        for slot, sequence in enumerate(sequences):
-            ids = torch.tensor([sequence], device=device)
-            fast_paths.all_by(slot % adapters, len(sequence))
-            expected = fast_paths.base(input_ids=ids, use_cache=False).logits[0, -1 - sum(steps) :]
-            if refused := differs(found[slot], expected):
-                return refused
-    except Exception as error:  # families differ in more ways than can be listed
-        return f"its forward does not take slots ({type(error).__name__})"
-    return None
+    def _release(self, slot: int) -> None:
+        del self._running[slot]
+        for seq in self._seqs(slot):
+            self.cache.release(seq)

@@ -6,18 +6,21 @@ depend on its neighbours.
 """
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llm_adapters.generation.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -27,35 +30,47 @@ LARGEST_PADDED_BATCH = {"cpu": 32, "other": 64}
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model generated after one prompt.
+    """The answer to one prompt.
 
-    `tokens` are the generated ids without the end-of-sequence token, `text` is what they spell. `finished` says that
-    the model ended the answer itself, and did not meet the limit; `skipped` that the prompt was too long to be asked.
-    `seconds` is its share of the time since the answers before it.
+    Attributes:
+        text: the spelled tokens.
+        tokens: generated ids, without the stop token.
+        finish_reason: ``"stop"`` where the model ended the answer itself, ``"length"`` where the limit of new tokens
+            was met, ``"skipped"`` where the prompt was too long to be asked.
+        seconds: its share of the time since the answers before it.
     """
 
     text: str = ""
     tokens: tuple[int, ...] = ()
-    finished: bool = False
-    skipped: bool = False
+    finish_reason: Literal["stop", "length", "skipped"] = "length"
     seconds: float = field(default=0.0, compare=False)
 
     @property
+    def finished(self) -> bool:
+        """True where the model ended the answer itself."""
+        return self.finish_reason == "stop"
+
+    @property
+    def skipped(self) -> bool:
+        """True where the prompt was too long to be asked."""
+        return self.finish_reason == "skipped"
+
+    @property
     def computed(self) -> int:
-        """How many tokens were generated for it, the end-of-sequence token counted."""
+        """Tokens that were generated for it, the stop token counted."""
         return len(self.tokens) + self.finished
 
 
 class Generator:
     """Generates with one model, as a context: inside, the model is in eval mode, its weights must not change, and what
-    makes it fast is on; afterwards it is as it was.
+    makes it fast is on; afterwards it is as it was. The engine and its cache stay for all calls of `generate`.
 
     Args:
         model: a transformers model or a `PeftModel`.
         tokenizer: the model's.
         max_new_tokens: the longest answer.
         num_beams: above 1, beam search without early stopping and with length penalty 1.
-        batch_size: answers in the making at a time; None chooses what fits.
+        batch_size: requests that run at a time; None chooses what fits.
         merge: compute LoRA merged into copies of the weights, where that changes no more than rounding does.
         own: False generates with transformers' `generate` in any case.
         adapters: the adapters of a `PeftModel` that the prompts name; None for the active ones. Only the own engine
@@ -93,14 +108,15 @@ class Generator:
         self.adapters = list(adapters) if adapters is not None else None
         if adapters is not None:
             check_names(adapters, adapters_of(model), len(adapters))
-        self.ends = end_tokens(model, tokenizer)
+        self.stop_token_ids = find_stop_token_ids(model, tokenizer)
         self.report: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
         self._fast_paths: Any = None
+        self._engine: Engine | None = None
 
     def __enter__(self) -> "Generator":
         from llm_adapters.fast_paths.session import FastPaths
-        from llm_adapters.generation import engine
+        from llm_adapters.generation.forward import unsupported_reason
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
@@ -109,7 +125,7 @@ class Generator:
                 with contextlib.ExitStack() as faster:
                     fast_paths = FastPaths(self.model, inference=True, merge=self.merge, adapters=self.adapters)
                     faster.enter_context(fast_paths)
-                    reason = engine.why_not(fast_paths)
+                    reason = unsupported_reason(fast_paths)
                     self._fast_paths = None if reason else fast_paths
                     if reason is None:
                         stack.push(faster.pop_all())
@@ -121,7 +137,7 @@ class Generator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._fast_paths = None
+        self._fast_paths = self._engine = None
         self._stack.close()
 
     def generate(
@@ -151,85 +167,112 @@ class Generator:
             raise RequestError(f"these adapters cannot answer in one batch: {self.report.get('reason', 'closed')}.")
         check_names(adapter_names, self.adapters, len(prompts))
         skipped = check_prompts(self.model, prompts, self.max_new_tokens)
-        yield from ((index, Generation(skipped=True)) for index in sorted(skipped))
+        yield from ((index, Generation(finish_reason="skipped")) for index in sorted(skipped))
         left = [index for index in range(len(prompts)) if index not in skipped]
         if not left:
             return
-        size = self.size([prompts[index] for index in left])
+        size, answer = self.size([prompts[index] for index in left]), self._by_transformers
+        if self._fast_paths is not None:
+            answer = functools.partial(self._by_engine, adapter_names=adapter_names)
         while left:
-            asked, done = list(left), set()
-            started = time.perf_counter()
+            started, asked = time.perf_counter(), list(left)
             try:
-                for ended in self._answers(prompts, asked, size, on_token, adapter_names):
+                for ended in answer(prompts, asked, size, on_token):
                     share = (time.perf_counter() - started) / len(ended)
-                    for at, tokens in ended:
-                        done.add(asked[at])
-                        yield asked[at], self._generation(tokens, share)
+                    for index, tokens in ended:
+                        left.remove(index)
+                        yield index, self._generation(tokens, share)
                     started = time.perf_counter()
             except Exception as error:
                 if size == 1 or not _out_of_memory(error):
                     raise
                 logger.warning("a batch of %d does not fit in memory: going on with %d", size, size // 2)
                 size //= 2
-            left = [index for index in left if index not in done]
+                self._engine = None  # and its cache
 
     def size(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many answers to `prompts` are in the making at a time."""
+        """How many answers to `prompts` are generated at a time."""
         if self.batch_size is not None:
             return self.batch_size
         largest = LARGEST_BATCH
         if self._fast_paths is None:
             largest = LARGEST_PADDED_BATCH["cpu" if self.model.device.type == "cpu" else "other"]
-        return choose_batch_size(self.model, list(map(len, prompts)), self.max_new_tokens, self.num_beams, largest)
+        held = self._engine.cache.num_bytes if self._engine is not None else 0
+        lengths = list(map(len, prompts))
+        return choose_batch_size(self.model, lengths, self.max_new_tokens, self.num_beams, largest, held)
 
-    def _answers(
+    def _by_engine(
         self,
-        every: Sequence[Sequence[int]],
-        names: list[int],
+        prompts: Sequence[Sequence[int]],
+        asked: list[int],
         size: int,
         on_token: Callable[[int, int], None] | None,
         adapter_names: Sequence[str] | None,
     ) -> Iterator[list[tuple[int, list[int]]]]:
-        """Lists of (place among `names`, tokens with the one that ends them) as answers end."""
+        """Answers of the engine: lists of (index of the prompt, tokens with the stop token) as answers end."""
         from llm_adapters.generation.engine import Engine
+        from llm_adapters.ops.packing import common_prefix
+
+        # The engine of before, unless another call that has not come to its end is using it.
+        if self._engine is None or self._engine.has_unfinished:
+            self._engine = Engine(self._fast_paths, self.stop_token_ids, num_beams=self.num_beams)
+        engine = self._engine
+        engine.max_num_seqs = size
+        if len(asked) > 1:  # of a single prompt nobody knows what others will begin with
+            engine.set_prefix(prompts[asked[0]][: common_prefix([prompts[index] for index in asked])])
+        requests: dict[int, int] = {}
+        answers: dict[int, list[int]] = {index: [] for index in asked}
+        try:
+            for index in sorted(asked, key=lambda i: (len(prompts[i]), i), reverse=True):
+                adapter = adapter_names[index] if adapter_names is not None else None
+                requests[engine.add(prompts[index], adapter=adapter, max_new_tokens=self.max_new_tokens)] = index
+            while engine.has_unfinished:
+                outputs = engine.step()
+                for output in outputs:
+                    index = requests[output.request_id]
+                    answers[index] += output.token_ids
+                    if on_token is not None:
+                        for token in output.token_ids:
+                            on_token(index, token)
+                ended = [requests[output.request_id] for output in outputs if output.finish_reason]
+                if ended:
+                    yield [(index, answers.pop(index)) for index in ended]
+        finally:
+            for request in requests:
+                engine.cancel(request)
+
+    def _by_transformers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        asked: list[int],
+        size: int,
+        on_token: Callable[[int, int], None] | None,
+    ) -> Iterator[list[tuple[int, list[int]]]]:
+        """The same of transformers' `generate`, in padded batches of prompts of about the same length."""
         from llm_adapters.generation.padded import generate_batch
 
-        prompts = [every[name] for name in names]
-        options: dict[str, Any] = {
-            "ends": self.ends,
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-        }
-        streams = on_token is not None and self._fast_paths is not None and self.num_beams == 1
-        tell = (lambda at, token: on_token(names[at], token)) if on_token is not None else None
-        if self._fast_paths is not None:
-            routes = None
-            if adapter_names is not None and self.adapters is not None:
-                routes = [self.adapters.index(adapter_names[name]) for name in names]
-            engine = Engine(self._fast_paths, prompts, slots=size, routes=routes, **options)
-            answers = engine.run(tell if streams else None)
-        else:
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-            batches = [order[start : start + size] for start in range(0, len(order), size)]
-            pad = self.tokenizer.pad_token_id
-            answers = (
-                list(
-                    zip(batch, generate_batch(self.model, [prompts[i] for i in batch], pad=pad, **options), strict=True)
-                )
-                for batch in batches
+        order = sorted(asked, key=lambda index: len(prompts[index]), reverse=True)
+        for batch in (order[start : start + size] for start in range(0, len(order), size)):
+            answers = generate_batch(
+                self.model,
+                [prompts[index] for index in batch],
+                pad=self.tokenizer.pad_token_id,
+                stop_token_ids=self.stop_token_ids,
+                max_new_tokens=self.max_new_tokens,
+                num_beams=self.num_beams,
             )
-        for ended in answers:
-            if tell is not None and not streams:
-                for at, tokens in ended:
+            ended = list(zip(batch, answers, strict=True))
+            if on_token is not None:
+                for index, tokens in ended:
                     for token in tokens:
-                        tell(at, token)
+                        on_token(index, token)
             yield ended
 
     def _generation(self, tokens: list[int], seconds: float) -> Generation:
-        finished = bool(tokens) and tokens[-1] in self.ends
-        kept = tokens[:-1] if finished else tokens
+        stopped = bool(tokens) and tokens[-1] in self.stop_token_ids
+        kept = tokens[:-1] if stopped else tokens
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(text, tuple(kept), finished, seconds=seconds)
+        return Generation(text, tuple(kept), "stop" if stopped else "length", seconds)
 
 
 def generate(
@@ -342,21 +385,31 @@ def choose_batch_size(
     max_new_tokens: int,
     num_beams: int = 1,
     largest: int = LARGEST_BATCH,
+    held: int = 0,
 ) -> int:
-    """How many prompts of these `lengths` fit in half of the free memory at once; no more than `largest` beams."""
+    """Number of prompts that fit in half of the free memory at once.
+
+    Args:
+        model: the model.
+        lengths: tokens of the prompts.
+        max_new_tokens: the longest answer.
+        num_beams: sequences of each prompt.
+        largest: the most sequences.
+        held: bytes that count as free, as they belong to the cache that will be used.
+    """
     import torch
 
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = torch.finfo(model.dtype).bits // 8
-    cache = 2 * config.num_hidden_layers * heads * width * item * (max(lengths, default=0) + max_new_tokens)
+    cache = 2 * config.num_hidden_layers * num_kv_heads * head_dim * item * (max(lengths, default=0) + max_new_tokens)
     # Beside the cache: the cache is copied when beams are reordered, logits and their softmax are float32.
     row = num_beams * (cache * (2 if num_beams > 1 else 1) + 4 * 4 * config.vocab_size)
-    return max(1, min(largest // num_beams, _free_memory(model.device) // 2 // row))
+    return max(1, min(largest // num_beams, (_free_memory(model.device) + held) // 2 // row))
 
 
-def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def find_stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that end an answer: the tokenizer's end-of-sequence token and those that the checkpoint names."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = named if isinstance(named, list | tuple) else [named]

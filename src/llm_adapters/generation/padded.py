@@ -16,36 +16,49 @@ from llm_adapters.generation.decoding import require_numbers
 
 @torch.inference_mode()
 def generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], *, pad: int, ends: Sequence[int], max_new_tokens: int, num_beams: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    num_beams: int,
 ) -> list[list[int]]:
-    """The generated tokens after each of `prompts`, with the one of `ends` that ends them if there is one.
+    """Generate after each of `prompts`.
 
     Args:
         model: a transformers model or a `PeftModel`, in eval mode.
         prompts: token ids, none empty.
         pad: the token to pad with.
-        ends: the tokens that end an answer.
+        stop_token_ids: the tokens that end an answer.
         max_new_tokens: the longest answer.
         num_beams: 1 for greedy decoding.
+
+    Returns:
+        New tokens for each prompt, the stop token included where there is one.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False, pad_token_id=pad, eos_token_id=list(ends)
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=list(stop_token_ids),
     )
     generator, inputs = _inputs(model, ids, mask)
     sequences = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([_numbers]))
-    given = 0 if "inputs_embeds" in inputs else width
+    given = 0 if "inputs_embeds" in inputs else longest
     rows = []
     for sequence in sequences[:, given:].tolist():
-        stop = next((at for at, token in enumerate(sequence) if token in ends), len(sequence))
+        stop = next((at for at, token in enumerate(sequence) if token in stop_token_ids), len(sequence))
         rows.append(sequence[: stop + 1])
     return rows
 
 
 def _inputs(model: Any, ids: "torch.Tensor", mask: "torch.Tensor") -> "tuple[Any, dict[str, torch.Tensor]]":
-    """What to call `generate` of, and with what, so that the positions are right.
+    """The model to call `generate` of, and its inputs, so that the positions are right.
 
     Position ids come from the mask, in transformers' `generate`. PEFT drops them for prompt tuning and p-tuning, and
     puts the learned embeddings before the padding; there the base model is given the embeddings, padding first.

@@ -1,13 +1,22 @@
-"""Generation's key-value cache, in pages, and the attention of tokens over it.
+"""Generation's paged key-value cache: block tables, storage, and what one forward computes.
 
-One forward takes the next tokens of each answer that is being generated, and whole prompts of those that begin. All lie
-in one row, as in a pack, so that every layer's matrix products are as large as they can be; only attention tells them
-apart. Keys and values go into the cache here, and the model needs no cache of its own.
+One forward takes the next tokens of each running sequence, and whole prompts of those that begin (prefills). All are in
+one row, as in a pack, so that every layer's matrix products are as large as they can be; only attention tells them
+apart (see `paged_attention`). Keys and values go into the cache here, and the model needs no cache of its own.
 
-A page holds the keys and values of so many neighbouring tokens of one sequence, and belongs to one slot (Kwon et al.
-2023, section 4). Attention multiplies all pages in use at once, where they lie: two batched products, whatever the
-lengths. The prefix that all prompts share is kept once for each adapter, and is one product for all its rows. With
-kernels (CPU), the attention of each answer reads its pages once instead, and writes nothing but the result.
+A block holds the keys and values of `BLOCK_SIZE` neighbouring tokens of one sequence (Kwon et al. 2023, section 4). The
+prefix that all prompts share is stored once for each adapter, outside the blocks. With blocks of 64 tokens, and two
+sequences of 100 and 150 tokens after the shared prefix:
+
+    block_table         block   keys, values of a layer        block_owner   block_index
+    seq 0:  1  4  0         0   NULL_BLOCK: padding writes here         -1             0
+    seq 1:  2  3  5         1   seq 0, tokens   0 ..  63                 0             0
+                            2   seq 1, tokens   0 ..  63                 1             0
+                            3   seq 1, tokens  64 .. 127                 1             1
+                            4   seq 0, tokens  64 ..  99                 0             1
+                            5   seq 1, tokens 128 .. 149                 1             2
+                            6   free                                    -1
+                            8   <- num_used_blocks: all in use are below, a round number
 """
 
 import heapq
@@ -15,107 +24,154 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.packing import Once, Pack, additive, rounded
+from llm_adapters.ops.packing import Once, Pack, rounded
 
-PAGE = 64
-_STEP = 32  # pages are multiplied in such numbers (see `packing.rounded`)
-_NOWHERE = 0  # a page that belongs to nobody, for what is computed and dropped
+BLOCK_SIZE = 64
+_BLOCK_STEP = 32  # blocks are multiplied in such numbers (see `packing.rounded`)
+NULL_BLOCK = 0  # the block of no sequence, for what is computed and dropped
 
 
 class PagedCache:
-    """Keys and values of the sequences that are being generated.
+    """Keys and values of the running sequences. It grows, and never shrinks.
 
     Args:
-        slots: number of sequences at a time.
-        longest: tokens of the longest sequence, without the shared prefix.
+        num_seqs: sequences at a time.
+        max_seq_len: tokens of the longest sequence, without the shared prefix.
         device: of the model.
 
     Attributes:
         prefix: tokens of the prefix that all sequences share; 0 until it is stored.
-        table: (slots, pages), int64: the pages of each slot in their order, `_NOWHERE` where there is none.
-        owner, rank: (pages,), int64: the slot that each page belongs to, -1 for none, and which of its pages it is.
-        top: all pages in use are below; a round number.
+        block_table: (sequences, blocks), int64: the blocks of each sequence in order, `NULL_BLOCK` for none.
+        block_owner: (blocks,), int64: the sequence that each block belongs to, -1 for none.
+        block_index: (blocks,), int64: the place of each block among those of its sequence.
+        num_used_blocks: all blocks in use are below; a round number.
+        layers: for each layer its keys and its values, (blocks, key-value heads, BLOCK_SIZE, head_dim).
     """
 
-    def __init__(self, slots: int, longest: int, device: torch.device) -> None:
-        self.most = -(-longest // PAGE)
-        self.prefix, self.top = 0, 1
-        self.table = torch.full((slots, self.most), _NOWHERE, device=device)
-        self.owner = torch.full((rounded(1 + slots * self.most, _STEP),), -1, device=device)
-        self.rank = torch.zeros_like(self.owner)
-        self._held: list[list[int]] = [[] for _ in range(slots)]
-        self._free = list(range(1, 1 + slots * self.most))  # a heap, and sorted
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, num_seqs: int, max_seq_len: int, device: torch.device) -> None:
+        self.prefix, self.num_used_blocks = 0, 1
+        self.block_table = torch.full((0, 0), NULL_BLOCK, device=device)
+        self.block_owner = torch.full((1,), -1, device=device)
+        self.block_index = torch.zeros_like(self.block_owner)
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._held: list[list[int]] = []
+        self._free: list[int] = []  # a heap
         self._prefixes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._stacked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.grow(num_seqs, max_seq_len, num_seqs * num_blocks(max_seq_len))
 
-    # --- pages
+    def grow(self, num_seqs: int, max_seq_len: int, blocks: int) -> None:
+        """Make room for so many sequences, of at most so many tokens, that have so many blocks together.
 
-    def reserve(self, slot: int, tokens: int) -> None:
-        """Let `slot` have pages for so many tokens, the shared prefix not counted."""
-        held, before = self._held[slot], self.top
-        while len(held) * PAGE < tokens:
-            page = heapq.heappop(self._free)
-            self.table[slot, len(held)], self.owner[page], self.rank[page] = page, slot, len(held)
-            held.append(page)
-            self.top = max(self.top, rounded(page + 1, _STEP))
-        if self.top > before:
-            for layer in self._layers.values():
+        What has to grow becomes at least twice as large, so that many small requests for more cost little.
+        """
+        rows, columns = self.block_table.shape
+        if num_seqs > rows or num_blocks(max_seq_len) > columns:
+            more_rows = _enlarged(rows, num_seqs) - rows
+            more_columns = _enlarged(columns, num_blocks(max_seq_len)) - columns
+            self.block_table = nn.functional.pad(self.block_table, (0, more_columns, 0, more_rows), value=NULL_BLOCK)
+            self._held += [[] for _ in range(more_rows)]
+        capacity = len(self.block_owner)
+        if 1 + blocks <= capacity:
+            return
+        larger = rounded(1 + blocks if capacity == 1 else _enlarged(capacity, 1 + blocks), _BLOCK_STEP)
+        self._free += range(capacity, larger)  # the highest numbers come last: still a heap
+        self.block_owner = nn.functional.pad(self.block_owner, (0, larger - capacity), value=-1)
+        self.block_index = nn.functional.pad(self.block_index, (0, larger - capacity))
+        for layer, old in self.layers.items():
+            new = tuple(part.new_empty(larger, *part.shape[1:]) for part in old)
+            for to, part in zip(new, old, strict=True):
+                to[: self.num_used_blocks] = part[: self.num_used_blocks]
+            self.layers[layer] = new[0], new[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the blocks of all layers have."""
+        return sum(part.nbytes for pair in self.layers.values() for part in pair)
+
+    def blocks_of(self, seq: int) -> list[int]:
+        """The blocks of `seq`, in their order."""
+        return self._held[seq]
+
+    def reserve(self, seq: int, tokens: int) -> None:
+        """Let `seq` have blocks for so many tokens, the shared prefix not counted."""
+        held, before = self._held[seq], self.num_used_blocks
+        while len(held) < num_blocks(tokens):
+            block = heapq.heappop(self._free)
+            self.block_table[seq, len(held)], self.block_owner[block], self.block_index[block] = block, seq, len(held)
+            held.append(block)
+            self.num_used_blocks = max(self.num_used_blocks, rounded(block + 1, _BLOCK_STEP))
+        if self.num_used_blocks > before:
+            for layer in self.layers.values():
                 for part in layer:
-                    part[before : self.top] = 0
+                    part[before : self.num_used_blocks] = 0
 
-    def release(self, slot: int) -> None:
-        """Take back all pages of `slot`."""
-        for page in self._held[slot]:
-            heapq.heappush(self._free, page)
-            self.owner[page] = -1
-        self.table[slot] = _NOWHERE
-        self._held[slot] = []
+    def release(self, seq: int) -> None:
+        """Take back all blocks of `seq`."""
+        for block in self._held[seq]:
+            heapq.heappush(self._free, block)
+            self.block_owner[block] = -1
+        self.block_table[seq] = NULL_BLOCK
+        self._held[seq] = []
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, first: int = 0) -> None:
-        """Copy what the slots `source` hold from page `first` on to the slots `target`, which have as many pages."""
-        pages = self.table[source, first:].flatten(), self.table[target, first:].flatten()
-        self._move(*(part[pages[1] != _NOWHERE] for part in pages))
+        """Copy what the sequences `source` hold to the sequences `target`, which have as many blocks.
+
+        Args:
+            source: (count,), int64.
+            target: (count,), int64.
+            first: the blocks before this one are the same already.
+        """
+        blocks = self.block_table[source, first:].flatten(), self.block_table[target, first:].flatten()
+        self._move(*(part[blocks[1] != NULL_BLOCK] for part in blocks))
 
     def compact(self) -> None:
-        """Move pages down where many below the highest one are free."""
+        """Move blocks down where many below the highest one are free."""
         used = sum(map(len, self._held))
-        if self.top <= rounded(used + 1 + used // 8, _STEP):
+        if self.num_used_blocks <= rounded(used + 1 + used // 8, _BLOCK_STEP):
             return
-        highest = [p for p in range(self.top - 1, used, -1) if self.owner[p] >= 0]
+        owner_of = {block: (seq, index) for seq, held in enumerate(self._held) for index, block in enumerate(held)}
+        highest = sorted((block for block in owner_of if block > used), reverse=True)
         lowest = [heapq.heappop(self._free) for _ in highest]
-        source, target = (torch.tensor(p, dtype=torch.int64, device=self.table.device) for p in (highest, lowest))
+        source, target = (torch.tensor(p, dtype=torch.int64, device=self.block_table.device) for p in (highest, lowest))
         self._move(source, target)
-        owner, rank = self.owner[source], self.rank[source]
-        self.owner[target], self.rank[target], self.table[owner, rank] = owner, rank, target
-        self.owner[source] = -1
-        for old, new, slot, at in zip(highest, lowest, owner.tolist(), rank.tolist(), strict=True):
-            self._held[slot][at] = new
+        owner, index = self.block_owner[source], self.block_index[source]
+        self.block_owner[target], self.block_index[target], self.block_table[owner, index] = owner, index, target
+        self.block_owner[source] = -1
+        for old, new in zip(highest, lowest, strict=True):
+            seq, place = owner_of[old]
+            self._held[seq][place] = new
             heapq.heappush(self._free, old)
-        self.top = rounded(used + 1, _STEP)
+        self.num_used_blocks = rounded(used + 1, _BLOCK_STEP)
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             for part in layer:
                 part[target] = part[source]
 
-    # --- keys and values
-
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pages of a layer, twice (pages, key-value heads, PAGE, width), in the shape of the first ones seen.
+        """The blocks of a layer, made for keys and values like these where there are none yet.
 
         They begin as zeros: what no sequence has filled is read, and weighted with nothing.
         """
-        if index not in self._layers:
-            keys, values = (part.new_empty(len(self.owner), len(part), PAGE, part.shape[-1]) for part in (key, value))
-            keys[: self.top] = values[: self.top] = 0
-            self._layers[index] = keys, values
-        return self._layers[index]
+        if index not in self.layers:
+            capacity, used = len(self.block_owner), self.num_used_blocks
+            keys, values = (part.new_empty(capacity, len(part), BLOCK_SIZE, part.shape[-1]) for part in (key, value))
+            keys[:used] = values[:used] = 0
+            self.layers[index] = keys, values
+        return self.layers[index]
+
+    def clear_prefix(self) -> None:
+        """Forget the shared prefix of all adapters."""
+        self.prefix = 0
+        self._prefixes.clear()
+        self._stacked.clear()
 
     def keep_prefix(self, index: int, key: torch.Tensor, value: torch.Tensor, adapter: int = 0) -> None:
-        """Store a layer's keys and values of the shared prefix, (key-value heads, prefix, width), by this adapter."""
+        """Store the shared prefix of a layer by one adapter: keys and values, (key-value heads, prefix, head_dim)."""
         self.prefix = key.shape[1]
         self._prefixes[index, adapter] = key.contiguous(), value.contiguous()
         self._stacked.pop(index, None)
@@ -125,207 +181,121 @@ class PagedCache:
         return self._prefixes.get((index, adapter))
 
     def prefixes_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The same of all adapters, (adapters, key-value heads, prefix, width)."""
+        """The same of all adapters, (adapters, key-value heads, prefix, head_dim)."""
         if index not in self._stacked and (index, 0) in self._prefixes:
             own = [pair for (layer, _), pair in sorted(self._prefixes.items()) if layer == index]
             keys, values = zip(*own, strict=True)
             self._stacked[index] = torch.stack(keys), torch.stack(values)
             for adapter, pair in enumerate(zip(*self._stacked[index], strict=True)):
-                self._prefixes[index, adapter] = pair  # so that they are there once
+                self._prefixes[index, adapter] = pair  # so that they are in memory once
         return self._stacked.get(index)
 
 
+def num_blocks(tokens: int) -> int:
+    """Blocks that so many tokens fill."""
+    return -(-tokens // BLOCK_SIZE)
+
+
+def _enlarged(size: int, needed: int) -> int:
+    """`size` where it is enough, else at least twice as much."""
+    return size if needed <= size else max(needed, 2 * size)
+
+
 @dataclass
-class Decoded(Once):
-    """Tokens that go on from what some slots hold, as many neighbours of each.
+class DecodeBatch(Once):
+    """Tokens that go on from what some sequences hold, as many neighbours of each.
+
+    Numbers that are known on the host are kept there, so that nothing has to wait for the device.
 
     Attributes:
-        slots: (count,), int64, no slot twice; -1 for a row that only makes the number a round one.
-        at: (count, width), int64: the position of each token.
-        alive: (count, width), bool: which are of a sequence; what the others compute is dropped.
-        adapters: (count,), int64: the number of each slot's adapter.
+        seqs: the sequences, none twice; -1 for a row that only makes the number a round one.
+        positions: (sequences, query tokens), int64.
+        valid: (sequences, query tokens), bool: the tokens of a sequence; what the others compute is dropped.
+        adapters: the number of each sequence's adapter.
     """
 
-    slots: torch.Tensor
-    at: torch.Tensor
-    alive: torch.Tensor
-    adapters: torch.Tensor
+    seqs: tuple[int, ...]
+    positions: torch.Tensor
+    valid: torch.Tensor
+    adapters: tuple[int, ...]
 
-    def places(self, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page and column of every token, (count * width,) int64 each."""
-        own = torch.where(self.alive, self.at - cache.prefix, 0)
-        pages = cache.table[self.slots[:, None], own // PAGE].masked_fill(~self.alive, _NOWHERE)
-        return pages.flatten(), (own % PAGE).flatten()
+    @property
+    def seq_ids(self) -> torch.Tensor:
+        """`seqs` on the device, (sequences,), int64."""
+        return self.once("seq_ids", lambda: torch.tensor(self.seqs, device=self.positions.device))
 
-    def seen(self, cache: PagedCache) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int]:
-        """Which pages are looked at, for each of them whose it is and which of its pages, and the most pages of one.
+    @property
+    def adapter_ids(self) -> torch.Tensor:
+        """`adapters` on the device, (sequences,), int64."""
+        return self.once("adapter_ids", lambda: torch.tensor(self.adapters, device=self.positions.device))
 
-        The pages are None for all below the cache's top, where most of them are of these slots. Those that nobody here
-        sees belong to the row after the last.
-        """
-
-        def make() -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, int]:
-            count = len(self.slots)
-            row_of = self.slots.new_full((len(cache.table) + 1,), count)
-            row_of[self.slots] = torch.arange(count, device=self.slots.device)
-            row_of[-1] = count  # of the rows that are no slot's, and of the pages that nobody owns
-            owner, rank, chosen = row_of[cache.owner[: cache.top]], cache.rank[: cache.top], None
-            mine = (owner < count).nonzero().flatten()
-            if 2 * len(mine) < cache.top:
-                more = mine.new_full((rounded(len(mine), _STEP) - len(mine),), _NOWHERE)
-                chosen = torch.cat((mine, more))
-                owner, rank = owner[chosen], rank[chosen]
-            rank = torch.where(owner < count, rank, 0)
-            return chosen, owner, rank, int(rank.max()) + 1
-
-        return self.once("seen", make)
-
-    def by_adapter(self) -> list[tuple[int, torch.Tensor]]:
-        """The numbers of the adapters, and which slots are theirs."""
-        return self.once(
-            "by adapter",
-            lambda: [(int(n), (self.adapters == n).nonzero().flatten()) for n in self.adapters.unique()],
-        )
-
-    def bias(self, cache: PagedCache, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores of the tokens, and of nobody's: (count + 1, 1, width, columns), 0 where a token
-        may look. The columns are those of its pages in their order, and of the shared prefix.
-        """
-
-        def make() -> torch.Tensor:
-            prefix, own = cache.prefix, self.seen(cache)[3] * PAGE
-            columns = torch.arange(own + prefix, device=self.at.device)
-            distance = self.at[..., None] - torch.where(columns < own, prefix + columns, columns - own)
-            visible = distance >= 0
-            if window is not None:
-                visible &= distance < window
-            visible[..., 0] |= ~self.alive  # one that is dropped sees something, so that its softmax is a number
-            return additive(torch.cat((visible, visible.new_ones(1, *visible.shape[1:]))), dtype)[:, None]
-
-        return self.once(("bias", window, dtype), make)
+    def slot_mapping(self, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and offset in it of every token, (sequences * query tokens,) int64 each."""
+        own = torch.where(self.valid, self.positions - cache.prefix, 0)
+        blocks = cache.block_table[self.seq_ids[:, None], own // BLOCK_SIZE].masked_fill(~self.valid, NULL_BLOCK)
+        return blocks.flatten(), (own % BLOCK_SIZE).flatten()
 
 
 @dataclass
-class Step(Once):
-    """What one forward computes, in one row: tokens that go on, and then new prompts.
+class ForwardBatch(Once):
+    """The row that one forward computes: tokens that go on, and then new prompts.
 
     Attributes:
-        cache: what it reads and fills.
-        decoded: the tokens that go on, in the order of the row.
-        pack: the new prompts, without the shared prefix; None for none.
-        slots: their slots. None where the only prompt is the shared prefix itself, or what of it comes after a learned
-            one.
+        cache: read and filled.
+        decodes: the tokens that go on, in the order of the row.
+        prefills: the new prompts, without the shared prefix; None for none.
+        prefill_seqs: their sequences. None where the only prompt is the shared prefix itself, or what of it comes after
+            a learned one.
         adapter: the number of the new prompts' adapter.
     """
 
     cache: PagedCache
-    decoded: Sequence[Decoded] = ()
-    pack: Pack | None = None
-    slots: Sequence[int] | None = None
+    decodes: Sequence[DecodeBatch] = ()
+    prefills: Pack | None = None
+    prefill_seqs: Sequence[int] | None = None
     adapter: int = 0
 
     def adapters(self) -> torch.Tensor:
-        """The adapter of each row, (tokens,), int64."""
-        found = [decoded.adapters.repeat_interleave(decoded.at.shape[1]) for decoded in self.decoded]
-        if self.pack is not None:
-            found.append(torch.full_like(self.pack.input_ids[0, self.pack.prefix :], self.adapter))
+        """The adapter of each row, (tokens,), int64, on the host."""
+        found = [torch.tensor(d.adapters).repeat_interleave(d.positions.shape[1]) for d in self.decodes]
+        if self.prefills is not None:
+            found.append(torch.full((self.prefills.tokens - self.prefills.prefix,), self.adapter))
         return torch.cat(found)
 
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Page and column of every token in the row, (tokens,) int64 each."""
+    def slot_mapping(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and offset in it of every token in the row, (tokens,) int64 each."""
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
-            cache = self.cache
-            found = [decoded.places(cache) for decoded in self.decoded]
-            if self.pack is not None and self.slots is not None:
-                device = self.pack.input_ids.device
-                lengths = torch.tensor(self.pack.lengths, device=device)
-                slots = torch.tensor(self.slots, device=device).repeat_interleave(lengths)
-                own = self.pack.position_ids[0, self.pack.prefix : self.pack.end] - cache.prefix
-                fillers = own.new_full((self.pack.tokens - self.pack.end,), _NOWHERE)
-                found += [(cache.table[slots, own // PAGE], own % PAGE), (fillers, torch.zeros_like(fillers))]
-            pages, columns = zip(*found, strict=True)
-            return torch.cat(pages), torch.cat(columns)
+            cache, pack = self.cache, self.prefills
+            found = [decode.slot_mapping(cache) for decode in self.decodes]
+            if pack is not None and self.prefill_seqs is not None:
+                own = pack.position_ids[0, pack.prefix : pack.end] - cache.prefix
+                row = [seq for seq, size in zip(self.prefill_seqs, pack.lengths, strict=True) for _ in range(size)]
+                padding = own.new_full((pack.tokens - pack.end,), NULL_BLOCK)
+                blocks = cache.block_table[torch.tensor(row, device=own.device), own // BLOCK_SIZE]
+                found += [(blocks, own % BLOCK_SIZE), (padding, torch.zeros_like(padding))]
+            blocks, offsets = zip(*found, strict=True)
+            return torch.cat(blocks), torch.cat(offsets)
 
-        return self.once("places", make)
+        return self.once("slot_mapping", make)
 
 
-def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
-    """Put the row's keys and values, (key-value heads, tokens, width), where they belong."""
-    if step.pack is not None and step.slots is None:
-        count = step.pack.end - step.pack.prefix
-        more = key[:, :count], value[:, :count]
-        learned = step.cache.prefix_of(layer, step.adapter)
-        keys, values = more if learned is None else (torch.cat(pair, 1) for pair in zip(learned, more, strict=True))
-        step.cache.keep_prefix(layer, keys, values, step.adapter)
+def store(layer: int, key: torch.Tensor, value: torch.Tensor, batch: ForwardBatch) -> None:
+    """Put the row's keys and values, (key-value heads, tokens, head_dim), where they belong."""
+    cache, pack = batch.cache, batch.prefills
+    if pack is not None and batch.prefill_seqs is None:
+        count = pack.end - pack.prefix
+        computed = key[:, :count], value[:, :count]
+        learned = cache.prefix_of(layer, batch.adapter)
+        keys, values = (
+            computed if learned is None else (torch.cat(pair, 1) for pair in zip(learned, computed, strict=True))
+        )
+        cache.keep_prefix(layer, keys, values, batch.adapter)
         return
-    pages, columns = step.places()
-    for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):
+    blocks, offsets = batch.slot_mapping()
+    for stored, part in zip(cache.layer(layer, key, value), (key, value), strict=True):
         rows = part.transpose(0, 1)
         if kernel := kernels.of(part):
-            kernel.call("store", rows.contiguous(), whole, pages, columns, whole.shape[2], *rows.shape)
+            kernel.call("store", rows.contiguous(), stored, blocks, offsets, stored.shape[2], *rows.shape)
         else:
-            whole[pages, :, columns] = rows
-
-
-def decode(
-    layer: int, query: torch.Tensor, cache: PagedCache, decoded: Decoded, scale: float, window: int | None
-) -> torch.Tensor:
-    """Attention of tokens over what their slots hold, themselves included.
-
-    Args:
-        layer: which layer's keys and values.
-        query: (heads, tokens, width).
-        cache: where their keys and values are stored already.
-        decoded: the tokens.
-        scale: the factor on the scores.
-        window: a token sees no more than so many tokens.
-
-    Returns:
-        (tokens, heads, width).
-    """
-    count, beside = decoded.at.shape
-    heads, _, width = query.shape
-    keys, values = cache.layer(layer, query, query)
-    if (kernel := kernels.of(query)) and values.shape[-1] == width:
-        shared = cache.prefixes_of(layer) or (None, None)
-        rows = query.transpose(0, 1).contiguous()
-        out = torch.empty_like(rows)
-        sizes = count, beside, heads, keys.shape[1], width, keys.shape[2], cache.prefix, cache.table.shape[1]
-        asked = decoded.adapters, cache.table, decoded.slots, decoded.at.contiguous()
-        kernel.call("decode", rows, keys, values, *shared, *asked, out, *sizes, float(scale), window or 0)
-        return out
-    chosen, owner, rank, pages = decoded.seen(cache)
-    keys, values = (
-        part[: cache.top] if chosen is None else part.index_select(0, chosen)
-        for part in cache.layer(layer, query, query)
-    )
-    groups, prefix, columns = keys.shape[1], cache.prefix, pages * PAGE
-    # Of each slot: heads, and of each head its tokens.
-    queries = (query.unflatten(1, (count, beside)).transpose(0, 1) * scale).reshape(count, -1)
-    bias = decoded.bias(cache, window, query.dtype)
-    scores = queries.new_zeros(count + 1, heads * beside, bias.shape[-1])  # not every slot has all the pages
-    own = scores[:, :, :columns].unflatten(-1, (pages, PAGE))
-
-    asking = decoded.once("asking", lambda: owner.clamp(max=count - 1))
-    by_page = queries.index_select(0, asking).view(len(owner) * groups, -1, width)
-    own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), -1, PAGE)
-    prefixes = [(rows, p) for adapter, rows in decoded.by_adapter() if (p := cache.prefix_of(layer, adapter))]
-    for rows, (their_keys, _) in prefixes:
-        # (key-value heads, slots * heads of each * tokens, width)
-        shared = queries[rows].view(len(rows), groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
-        found = torch.bmm(shared, their_keys.transpose(1, 2)).view(groups, len(rows), -1, prefix)
-        scores[rows, :, columns:] = found.transpose(0, 1).flatten(1, 2)
-    scores.unflatten(1, (heads, beside)).add_(bias)
-    probabilities = torch.softmax(scores, -1)
-
-    own = probabilities[:, :, :columns].unflatten(-1, (pages, PAGE))[owner, :, rank]
-    parts = torch.bmm(own.reshape(len(owner) * groups, -1, PAGE), values.flatten(0, 1))
-    by_slot = parts.new_zeros(count + 1, pages, queries.shape[1])
-    by_slot[owner, rank] = parts.view(len(owner), -1)
-    out = by_slot[:count].sum(1).view(count, groups, -1, width)
-    for rows, (_, their_values) in prefixes:
-        shared = probabilities[rows, :, columns:].unflatten(1, (groups, -1)).transpose(0, 1)
-        found = torch.bmm(shared.reshape(groups, -1, prefix), their_values).view(groups, len(rows), -1, width)
-        out[rows] += found.transpose(0, 1)
-    return out.reshape(count, heads, beside, width).transpose(1, 2).reshape(-1, heads, width)
+            stored[blocks, :, offsets] = rows

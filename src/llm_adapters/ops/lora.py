@@ -1,7 +1,8 @@
+from torch.nn import functional
+
 from llm_adapters.fast_paths.lora_old import LoraLinear
 from llm_adapters.ops.cpu import build as kernels
 from llm_adapters.ops.linear import paired, whole
-from torch.nn import functional
 
 
 def lora_linear(*a):
