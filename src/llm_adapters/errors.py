@@ -13,7 +13,7 @@ class WorkError(RuntimeError):
 
 
 class Interrupted(WorkError):
-    """A signal stopped the run after a checkpoint; the same request goes on from there (exit code 130)."""
+    """A signal stopped the work after a checkpoint; the same request goes on from there (exit code 130)."""
 
 
 def unknown(kind: str, value: object, allowed: object, hint: str = "") -> RequestError:

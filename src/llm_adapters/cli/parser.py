@@ -134,7 +134,7 @@ def _parse(parser: Any, words: list[str], verb: str) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """The item type of `list[T]` and `list[T] | None`; None for other types."""
+    """Item type of `list[T]` and `list[T] | None`; None for other types."""
     for option in (kind, *typing.get_args(kind)):
         if typing.get_origin(option) is list:
             return typing.get_args(option)[0]
@@ -152,7 +152,7 @@ def _no_path(kind: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The parser's namespaces as dictionaries."""
+    """Parser's namespaces as dictionaries."""
     return value.as_dict() if hasattr(value, "as_dict") else value
 
 

@@ -47,7 +47,7 @@ def score(result: "TaskResult") -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes in MB or GB."""
+    """Number of bytes in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -1,4 +1,4 @@
-"""What a measurement fixes beside the questions: the prompt, the search, the limits, and how an answer is read.
+"""Protocols: all that a measurement fixes beside the questions (prompt, search, limits, the reading of answers).
 
 Scores of different protocols cannot be compared: the name of the protocol belongs to every number.
 """
@@ -15,7 +15,7 @@ DEFAULT_NEW_TOKENS = 256
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to measure. None leaves a choice open: to the adapter (`template`) or to the caller (`max_new_tokens`).
+    """Way to measure. None leaves a choice open: to the adapter (`template`) or to the caller (`max_new_tokens`).
 
     Attributes:
         name: as on the command line.

@@ -19,7 +19,7 @@ IGNORED = -100  # the label that cross-entropy skips
 
 @dataclass(frozen=True)
 class Template:
-    """A way to write a question down for a model.
+    """Way to write a question down for a model.
 
     Attributes:
         name: as on the command line and in a recipe.

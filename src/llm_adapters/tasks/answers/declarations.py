@@ -1,4 +1,4 @@
-"""The places of a response that declare an answer, whatever the answer's kind."""
+"""Places of a response that declare an answer, whatever the answer's kind."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ REACH = 300  # characters: a declared answer is near the words that declare it; 
 
 @dataclass(frozen=True)
 class DeclaredAnswer:
-    """A place in a text that declares an answer.
+    """Place in a text that declares an answer.
 
     Attributes:
         start: the position of the words that declare it.
@@ -27,7 +27,7 @@ class DeclaredAnswer:
 
 @dataclass(frozen=True)
 class Extractor:
-    """The three steps that read answers of one kind.
+    """Three steps that read answers of one kind.
 
     Attributes:
         clean: removes from a response what is denied or only listed.
@@ -51,7 +51,6 @@ FILLER = (
     "|over|under|nearly|almost|therefore|thus|then|now|also|still|actually|clearly|indeed|hence|so|again|option|choice|letter"
     r"|but|rather|it|is|be|there|are|will|would|definitely|probably|likely)\b)*+"
 )
-
 
 _SENTENCE = re.compile(
     r"""
@@ -134,6 +133,7 @@ def _clause(text: str, start: int) -> tuple[str, int]:
 
 
 def _braced(text: str, start: int) -> str:
+    """Text from `start` to the brace that closes the one before it, or to the end of the line."""
     depth = 1
     for match in _BRACE.finditer(text, start, start + REACH):
         depth += (match[0] == "{") - (match[0] == "}")

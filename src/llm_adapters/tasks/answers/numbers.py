@@ -15,7 +15,7 @@ from llm_adapters.tasks.answers.declarations import DENIAL, FILLER, DeclaredAnsw
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a text, written at ``text[start:end]``; `value` is what it is worth."""
+    """Number in a text, written at ``text[start:end]``; `value` is what it is worth."""
 
     start: int
     end: int
@@ -209,7 +209,7 @@ _DENIED_NUMBER = re.compile(DENIAL + r"[(\"']?-?\.?\d+(?:[,./]\d+)*", re.IGNOREC
 _LEAD_IN = re.compile(FILLER, re.IGNORECASE)
 _ASIDE = re.compile(r"\([^()=]*=[^()]*\)")
 _BREAK = r" (?:because|since|as|where|when|if|after|given|due|considering|so|but|while|which)\b|,(?! or\b|\d{3})"
-_STOP = re.compile(_BREAK, re.IGNORECASE)
+_CLAUSE_END = re.compile(_BREAK, re.IGNORECASE)
 _UNIT_END = re.compile(_BREAK + r"|\(", re.IGNORECASE)
 _RESTATED = re.compile(
     r", or ((?:[^,]|,(?=\d))*(?:=|\b(?:total|altogether|in all|combined)\b)(?:[^,]|,(?=\d))*)", re.IGNORECASE
@@ -225,10 +225,12 @@ _LIST_MARK = re.compile(r"^ ?(\d{1,2})[.)] +(?=[A-Za-z*])", re.MULTILINE)
 
 
 def _without_denied(text: str) -> str:
+    """Text without the numbers that it denies ("not 5")."""
     return _DENIED_NUMBER.sub(" ", text)
 
 
 def _declared_number(answer: DeclaredAnswer) -> float | None:
+    """Number that a declared answer names: the one its clause begins with, else the one after a verb, or the last."""
     clause = re.sub(r"(?<=\d) / (?=\d)", "/", answer.text)
     clause = _GROUPS.sub(lambda m: m[1] + m[2].replace(" ", ""), clause)
     found = find(clause)
@@ -245,10 +247,10 @@ def _declared_number(answer: DeclaredAnswer) -> float | None:
         if restated and (again := find(restated[1])):
             clause, found = restated[1], again
         head = clause[: found[0].end] + _ASIDE.sub("", clause[found[0].end :])  # 12 (that is 3 * 4 = 12)
-        stop = _STOP.search(head, found[0].end)
+        stop = _CLAUSE_END.search(head, found[0].end)
         return _equation(head[: stop.start() if stop else None], found[0])
     if answer.style == "mark":
-        return None
+        return None  # "#### Step 2" is a heading
     for link in _LINK.finditer(clause):  # "the sum of 5 and 3, which is 8"
         reach = _after(_LEAD_IN.match(clause, link.end()))
         for number in found:
@@ -292,6 +294,7 @@ def _is_operator(text: str, left: Number, right: Number) -> bool:
 
 
 def _undeclared_number(text: str) -> float | None:
+    """Last number of a text; the marks of a numbered list are none."""
     marks = _LIST_MARK.findall(text)
     if "1" in marks and len(marks) > 1:
         text = _LIST_MARK.sub("", text)
