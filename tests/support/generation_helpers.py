@@ -23,7 +23,7 @@ def run(model, prompts, **options):
 
 
 def reference(model, prompt, ends=(2,)):
-    """Greedy decoding in its plainest form: one prompt, no padding, no cache, the whole text anew for every token."""
+    """Greedy decoding in its plainest form: one prompt, no padding, no cache, the whole text again for every token."""
     tokens = []
     with torch.no_grad():
         while len(tokens) < NEW:
