@@ -10,7 +10,7 @@ SOURCE = Path(llm_adapters.__file__).parent
 
 # A module may import those of its own group and of any layer below. Groups of one layer know nothing of each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("cli", "serving"),
+    ("api", "cli", "serving"),
     ("studies",),
     ("training", "evaluation", "inspection"),
     ("generation",),
@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops", "tasks"),
     ("fusion",),
     ("bottleneck",),
-    ("architectures",),
+    ("architectures", "adapter_files"),
     ("_registration",),  # besides, it loads the tuners by name when PEFT is imported
     ("compat", "files", "errors", "_version", "_lazy"),
 )

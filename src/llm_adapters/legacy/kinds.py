@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llm_adapters.checkpoints import ADAPTER_CONFIG, first_line
-from llm_adapters.compat.transformers import is_conv1d
 from llm_adapters.errors import unknown
 from llm_adapters.legacy.checkpoint import Checkpoint
 
@@ -82,6 +81,8 @@ class AtModules(Checkpoint):
     def check_fit(self, model: "nn.Module") -> None:
         """Compare keys and shapes with the model's linear layers."""
         from torch import nn
+
+        from llm_adapters.compat.transformers import is_conv1d
 
         where = f" on {type(model).__name__}"
         found = {name: module for name, module in model.named_modules() if name and self._is_target(name)}
