@@ -10,8 +10,9 @@ SOURCE = Path(llm_adapters.__file__).parent
 
 # A module may import those of its own group and of any layer below. Groups of one layer know nothing of each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("api", "cli", "serving"),
+    ("cli", "serving"),
     ("studies",),
+    ("api",),
     ("training", "evaluation", "inspection"),
     ("generation",),
     ("fast_paths",),
@@ -23,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bottleneck",),
     ("architectures", "adapter_files"),
     ("_registration",),  # besides, it loads the tuners by name when PEFT is imported
-    ("compat", "files", "errors", "_version", "_lazy"),
+    ("compat", "files"),
+    ("errors", "_version", "_lazy"),
 )
 
 
