@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's code: checked, and turned into PEFT's format.
+"""Contents of the checkpoints of the paper's code: checked, and turned into PEFT's format.
 
 One class per kind. An object of it is a checkpoint that is right in itself; `check_fit` compares it with a model.
 """
@@ -72,7 +72,7 @@ class AtModules(Checkpoint):
 
     @abstractmethod
     def features(self, module: str) -> tuple[int, int]:
-        """Numbers of features that `module` takes and gives, as far as the adapter's weights tell."""
+        """Number of features that `module` takes and gives, as far as the adapter's weights tell."""
 
     @abstractmethod
     def shapes(self, module: str, taken: int, given: int) -> dict[str, tuple[int, ...]]:
@@ -170,7 +170,7 @@ class Bottleneck(AtModules):
         self.config()  # raises for a setting that is not allowed
 
     def insertion(self, module: str) -> str:
-        """Insertion of the adapter at `module`: before, after or parallel."""
+        """Kind of the adapter at `module`: it goes before, after or parallel to it."""
         name = module.rpartition(".")[2]
         if self.parallel:
             return "parallel"
@@ -282,7 +282,7 @@ class Lora(AtModules):
         return result
 
     def slices(self) -> tuple[int, int]:
-        """Number of slices of the output rows that have a product of their own, and number of all slices."""
+        """Number of slices of the output rows that have a product of their own, and of all slices."""
         if self.enabled is None:
             return 1, 1
         booleans = isinstance(self.enabled, list) and all(isinstance(e, bool) for e in self.enabled)
