@@ -1,4 +1,4 @@
-"""What all tests share: where outside data lies, and tiny models that need no download."""
+"""Fixtures of all tests: folders of outside data, a cache of their own, one precision."""
 
 import os
 from pathlib import Path

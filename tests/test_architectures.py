@@ -20,7 +20,7 @@ from llm_adapters.architectures import PLACEMENTS, architecture_of, decoder_laye
 from llm_adapters.errors import RequestError
 
 IDS = torch.randint(3, VOCAB, (2, 5), generator=torch.Generator().manual_seed(1))
-everything = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_every_row_has_a_tiny_model_and_the_other_way_round() -> None:
     assert f"LLaMA, BLOOM, GPT-J and {len(FAMILIES) - 3} more families" in readme
 
 
-@everything
+@every_family
 def test_what_a_row_calls_the_sublayers_is_all_that_a_layer_adds_to_the_residual(family: str) -> None:
     """Without the two outputs nothing is left but the residual; with either of them there is more."""
     assert change_without_sublayers(fresh(family)) < 1e-6
@@ -78,7 +78,7 @@ def test_what_a_row_calls_the_sublayers_is_all_that_a_layer_adds_to_the_residual
         assert change_without_sublayers(fresh(family), (placement,)) > 1e-2
 
 
-@everything
+@every_family
 @torch.no_grad()
 def test_what_a_row_calls_the_input_is_what_the_sublayer_reads(family: str) -> None:
     """A sub-layer's output is a function of its input alone: the same input gives the same output, another another."""
@@ -110,7 +110,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)  # type: ignore[return-value]
 
 
-@everything
+@every_family
 def test_projections_have_the_sizes_of_their_roles(family: str) -> None:
     model = fresh(family)
     row = architecture_of(model)
@@ -144,7 +144,7 @@ def test_projections_have_the_sizes_of_their_roles(family: str) -> None:
         assert linears - named == set()
 
 
-@everything
+@every_family
 def test_lora_targets_are_those_of_the_paper(family: str) -> None:
     """Section 3 of the paper: q, k, v, up and down; one name where q, k and v are one projection."""
     row = architectures.FAMILIES[family]
@@ -156,7 +156,7 @@ def test_lora_targets_are_those_of_the_paper(family: str) -> None:
 # --- finding the layers
 
 
-@everything
+@every_family
 def test_layers_are_found_with_and_without_a_head_and_inside_peft(family: str) -> None:
     whole = fresh(family)
     headless = AutoModel.from_config(tiny_config(family))

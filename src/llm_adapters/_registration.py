@@ -27,7 +27,7 @@ class OwnMethod(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What the names of its tensors begin with; a test compares it with the tuner's."""
+        """Start of its tensors' names; a test compares it with the tuner's."""
         return f"{self.peft_type.lower()}_"
 
 

@@ -22,7 +22,7 @@ PLACEMENTS = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Where one sub-layer starts and ends, as module names relative to a decoder layer.
+    """Start and end of one sub-layer, as module names relative to a decoder layer.
 
     Attributes:
         output: the module whose output is the sub-layer's output **before** the residual is added. Where a family
@@ -209,7 +209,7 @@ FAMILIES: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One place of a model where a series or parallel adapter goes; names are full module names in that model."""
+    """One sub-layer of a model, where a series or parallel adapter goes; names are full module names in that model."""
 
     layer: int
     placement: str
@@ -257,7 +257,7 @@ def decoder_layers(model: "nn.Module", inside: Iterable[str] = ()) -> tuple[str,
 
 
 def architecture_of(model: "nn.Module") -> Architecture:
-    """The row of the model's family, or one discovered from its structure (which is then logged).
+    """Find the row of the model's family, or one discovered from its structure (which is then logged).
 
     Raises:
         RequestError: no row, and the structure is ambiguous; the message shows the candidates.
@@ -270,7 +270,7 @@ def architecture_of(model: "nn.Module") -> Architecture:
 
 
 def sites(model: "nn.Module", placement: Iterable[str], layers: Iterable[int] | None = None) -> list[Site]:
-    """Every place for a series or parallel adapter in `model`, in layer order.
+    """List the sites for series or parallel adapters in `model`, in layer order.
 
     Args:
         model: a transformers decoder; adapters may already be in it.
@@ -310,11 +310,11 @@ def discover(model: "nn.Module") -> Architecture:
         blocks = {name: child for name, child in layer.named_children() if any(p.dim() > 1 for p in child.parameters())}
         attentions = [name for name, child in blocks.items() if _is_attention(child)]
         others = [name for name in blocks if name not in attentions]
-        places = (attentions, others)
+        roles = (attentions, others)
         if index == 0:
-            first = places
+            first = roles
         clear = len(attentions) == len(others) == 1 and not any(_adds_residual(block) for block in blocks.values())
-        if not clear or places != first:
+        if not clear or roles != first:
             seen = ", ".join(f"{name} ({type(_unwrapped(child)).__name__})" for name, child in blocks.items())
             raise RequestError(
                 f"the family {family!r} has no row and its layers are ambiguous: {prefix}.{index} holds {seen}. Name "
@@ -355,7 +355,7 @@ def _is_attention(block: "nn.Module") -> bool:
 
 
 def _adds_residual(block: "nn.Module") -> bool:
-    """Whether the block adds the residual itself: it takes it as an argument, or norms its attention's input."""
+    """True where the block adds the residual itself: it takes it as an argument, or norms its attention's input."""
     import inspect
 
     block = _unwrapped(block)
@@ -371,7 +371,7 @@ def _unwrapped(module: Any) -> Any:
 
 
 def _has(module: "nn.Module", name: str) -> bool:
-    """Whether `module` has a descendant of that dotted name; adapter layers in between are looked through."""
+    """True where `module` has a descendant of that dotted name; adapter layers in between are looked through."""
     here: Any = module
     for part in name.split("."):
         here = _unwrapped(here)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from bottleneck_helpers import (
-    DEAR,
     METHODS,
+    VARIED,
     adapted,
     assert_unchanged,
     config_of,
@@ -37,8 +37,8 @@ from llm_adapters.bottleneck.wrapper import Tap
 from llm_adapters.errors import RequestError
 
 IDS = ids()
-everything = pytest.mark.parametrize("family", FAMILIES)
-dear = pytest.mark.parametrize("family", DEAR)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+varied_families = pytest.mark.parametrize("family", VARIED)
 methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -58,7 +58,7 @@ def losses_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 @pytest.mark.proves("starts as the base", "disabled is the base", "unloads")
 @methods
-@everything
+@every_family
 @torch.no_grad()
 def test_starts_as_the_identity_disabled_is_the_base_and_unload_gives_it_back(family: str, method: str) -> None:
     base = fresh(family)
@@ -82,7 +82,7 @@ def test_starts_as_the_identity_disabled_is_the_base_and_unload_gives_it_back(fa
 
 @pytest.mark.proves("saves and loads")
 @methods
-@everything
+@every_family
 @torch.no_grad()
 def test_saves_and_loads_bit_for_bit_under_any_name(family: str, method: str, tmp_path: Path) -> None:
     model = adapted(family, method)
@@ -100,7 +100,7 @@ def test_saves_and_loads_bit_for_bit_under_any_name(family: str, method: str, tm
 
 @pytest.mark.proves("trains nothing else")
 @methods
-@everything
+@every_family
 def test_trains_the_adapter_and_nothing_else(family: str, method: str) -> None:
     model = adapted(family, method).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -118,7 +118,7 @@ STORED = json.loads(FILE.read_text())
 
 @pytest.mark.proves("stable keys")
 @methods
-@everything
+@every_family
 def test_keys_of_checkpoints_are_those_that_are_stored(family: str, method: str) -> None:
     assert keys(method, family) == STORED[method][family]
 
@@ -129,7 +129,7 @@ def test_keys_of_checkpoints_are_those_that_are_stored(family: str, method: str)
 @pytest.mark.proves("gradient checkpointing")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @methods
-@dear
+@varied_families
 def test_gradient_checkpointing_changes_nothing(family: str, method: str, reentrant: bool) -> None:
     model = adapted(family, method).train()
     for module in model.modules():
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, method: str, reentr
 @pytest.mark.proves("half precision")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @methods
-@dear
+@varied_families
 def test_half_precision_bases_keep_adapters_in_fp32(family: str, method: str, dtype: torch.dtype) -> None:
     base = fresh(family).to(dtype)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_half_precision_bases_keep_adapters_in_fp32(family: str, method: str, dt
 
 
 @methods
-@pytest.mark.parametrize("family", [f for f in DEAR if f != "mixtral"])  # rounding sends tokens to other experts
+@pytest.mark.parametrize("family", [f for f in VARIED if f != "mixtral"])  # rounding sends tokens to other experts
 @torch.no_grad()
 def test_autocast(family: str, method: str) -> None:
     model = adapted(family, method)
@@ -191,7 +191,7 @@ def test_autocast(family: str, method: str) -> None:
 
 @pytest.mark.proves("generates")
 @methods
-@dear
+@varied_families
 @torch.no_grad()
 def test_generation_with_a_cache_is_generation_without(family: str, method: str) -> None:
     model = adapted(family, method)
@@ -205,7 +205,7 @@ def test_generation_with_a_cache_is_generation_without(family: str, method: str)
     assert torch.equal(own, with_cache)
 
 
-@dear
+@varied_families
 @torch.no_grad()
 def test_hidden_states_and_attentions_are_recorded(family: str) -> None:
     model = adapted(family, "both-learned")
@@ -223,7 +223,7 @@ def test_hidden_states_and_attentions_are_recorded(family: str) -> None:
 
 @pytest.mark.proves("merges", but="refused")
 @methods
-@dear
+@varied_families
 @torch.no_grad()
 def test_merging_is_refused(family: str, method: str) -> None:
     model = adapted(family, method)
@@ -238,7 +238,7 @@ def test_merging_is_refused(family: str, method: str) -> None:
 
 @pytest.mark.proves("copies and pickles")
 @methods
-@dear
+@varied_families
 @torch.no_grad()
 def test_copies_and_pickles(family: str, method: str) -> None:
     model = adapted(family, method)
@@ -255,7 +255,7 @@ def test_copies_and_pickles(family: str, method: str) -> None:
 
 
 @methods
-@dear
+@varied_families
 def test_status_and_counts(family: str, method: str) -> None:
     model = adapted(family, method)
     status = model.get_model_status()
@@ -290,7 +290,7 @@ def test_auto_class_loads_base_and_adapter(family: str, method: str, tmp_path: P
 
 
 @methods
-@dear
+@varied_families
 @torch.no_grad()
 def test_transformers_own_adapter_methods(family: str, method: str, tmp_path: Path) -> None:
     expected = adapted(family, method)
@@ -361,7 +361,7 @@ def test_sequence_classification(family: str, method: str, tmp_path: Path) -> No
 
 
 @methods
-@dear
+@varied_families
 def test_inference_mode_is_frozen(family: str, method: str, tmp_path: Path) -> None:
     model = get_peft_model(fresh(family), config_of(method, family, inference_mode=True))
     assert not any(p.requires_grad for p in model.parameters())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_helpers import DEAR, adapted, assert_unchanged, config_of, fresh, ids, perturb, plain, snapshot
+from bottleneck_helpers import VARIED, adapted, assert_unchanged, config_of, fresh, ids, perturb, plain, snapshot
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny import FAMILIES, LAYERS, tiny_model
 from transformers import DynamicCache
@@ -21,8 +21,8 @@ from llm_adapters.fusion import FusionConfig
 IDS = ids()
 LENGTH = 5
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-everything = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mpt"])  # it refuses
-dear = pytest.mark.parametrize("family", DEAR)
+every_family = pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mpt"])  # it refuses
+varied_families = pytest.mark.parametrize("family", VARIED)
 
 
 def mam(family: str, **more: Any) -> PeftModel:
@@ -58,7 +58,7 @@ def cache_argument() -> str:
 
 
 @pytest.mark.proves("formula", method="mam")
-@everything
+@every_family
 @torch.no_grad()
 def test_is_a_plain_model_whose_cache_holds_the_prefix(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mam(family)
@@ -106,7 +106,7 @@ def test_an_attention_with_a_prefix_is_the_mean_of_two() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@dear
+@varied_families
 @torch.no_grad()
 def test_padding_changes_nothing(family: str, implementation: str, side: str) -> None:
     if implementation == "sdpa" and not plain(family)._supports_sdpa:
@@ -127,7 +127,7 @@ def test_padding_changes_nothing(family: str, implementation: str, side: str) ->
 
 
 @pytest.mark.proves("generates", method="mam")
-@everything
+@every_family
 @torch.no_grad()
 def test_generation_is_the_loop_without_a_cache(family: str) -> None:
     model = mam(family)
@@ -162,7 +162,7 @@ def test_the_prefix_is_seen_beyond_a_sliding_window() -> None:
 
 
 @pytest.mark.proves("disabled is the base", "unloads", method="mam")
-@everything
+@every_family
 @torch.no_grad()
 def test_disabled_is_the_base_and_unload_gives_it_back(family: str) -> None:
     base = fresh(family)
@@ -181,7 +181,7 @@ def test_disabled_is_the_base_and_unload_gives_it_back(family: str) -> None:
 
 
 @pytest.mark.proves("saves and loads", method="mam")
-@everything
+@every_family
 @torch.no_grad()
 def test_saves_and_loads_bit_for_bit(family: str, tmp_path: Path) -> None:
     model = mam(family)
@@ -203,7 +203,7 @@ def test_keys_of_checkpoints() -> None:
 
 
 @pytest.mark.proves("trains nothing else", method="mam")
-@everything
+@every_family
 def test_trains_prefix_and_adapter_and_nothing_else(family: str) -> None:
     model = mam(family).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -219,7 +219,7 @@ def test_trains_prefix_and_adapter_and_nothing_else(family: str) -> None:
 
 @pytest.mark.proves("gradient checkpointing", method="mam")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@dear
+@varied_families
 def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
     gradients = []
     model = mam(family).train()
@@ -242,7 +242,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, reentrant: bool) ->
 
 @pytest.mark.proves("half precision", method="mam")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@dear
+@varied_families
 def test_half_precision_bases_keep_the_prefix_in_fp32(family: str, dtype: torch.dtype) -> None:
     model = get_peft_model(fresh(family).to(dtype), config_of("parallel", family, prefix_length=LENGTH)).eval()
     full = mam(family)
@@ -264,7 +264,7 @@ MIXED = ids(5, 6, seed=4)
 
 
 @pytest.mark.proves("mixed batch", "mixed batch generates", "several adapters", method="mam")
-@everything
+@every_family
 @torch.no_grad()
 def test_a_mixed_batch_is_each_alone(family: str) -> None:
     model: Any = None
@@ -334,7 +334,7 @@ def test_refusals(tmp_path: Path) -> None:
         FusionConfig(adapters=[tmp_path])
     base = fresh("bloom")
     before = snapshot(base)
-    with pytest.raises(RequestError, match=r"self_attention\.dense lies inside target .*self_attention:"):
+    with pytest.raises(RequestError, match=r"self_attention\.dense is inside target .*self_attention:"):
         get_peft_model(base, BottleneckConfig(prefix_length=3, placement="attention"))
     assert_unchanged(base, before)
     for family, options in {"mpt": {}, "falcon": {"alibi": True}}.items():

@@ -15,6 +15,7 @@ from tiny import tiny_model
 
 from llm_adapters import BottleneckConfig
 from llm_adapters.bottleneck import BottleneckLayer
+from llm_adapters.bottleneck.model import _pending
 from llm_adapters.errors import RequestError
 
 IDS = ids(4)
@@ -60,7 +61,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"prefix_length": -1}, "prefix_length is -1: a whole number of at least 0"),
     ({"prefix_length": True}, "prefix_length is True"),
     ({"prefix_length": 2.5}, r"prefix_length is 2\.5"),
-    ({"bottleneck_size": 0}, "bottleneck_size is 0: it must be at least 1"),
+    ({"bottleneck_size": 0}, "bottleneck_size is 0: a whole number of at least 1 is allowed"),
     ({"bottleneck_size": -4}, "bottleneck_size is -4"),
     ({"bottleneck_size": 2.5}, r"bottleneck_size is 2\.5"),
     ({"bottleneck_size": "64"}, "bottleneck_size is '64'"),
@@ -69,7 +70,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"non_linearity": None}, "unknown non_linearity 'None'"),
     ({"non_linearity": "prelu"}, "'prelu' has weights of its own"),
     ({"non_linearity": "xielu"}, "'xielu' has weights of its own"),
-    ({"scaling": "learnt"}, "scaling is 'learnt': a number or 'learned' is allowed"),
+    ({"scaling": "learnt"}, "scaling is 'learnt': a finite number other than 0, or 'learned', is allowed"),
     ({"scaling": "2.0"}, "scaling is '2.0'"),
     ({"scaling": None}, "scaling is None"),
     ({"scaling": True}, "scaling is True"),
@@ -102,9 +103,9 @@ def test_every_field_of_ours_is_covered() -> None:
     assert fields == {field for values, _ in BAD_VALUES for field in values}
 
 
-# --- places
+# --- targets
 
-BAD_PLACES: dict[str, tuple[str, dict[str, Any], str]] = {
+BAD_TARGETS: dict[str, tuple[str, dict[str, Any], str]] = {
     "nothing matches": (
         "llama",
         {"target_modules": ["upproj"]},
@@ -121,12 +122,12 @@ BAD_PLACES: dict[str, tuple[str, dict[str, Any], str]] = {
     "inside each other": (
         "llama",
         {"target_modules": ["mlp", "up_proj"]},
-        r"target model\.layers\.0\.mlp\.up_proj lies inside target model\.layers\.0\.mlp:",
+        r"target model\.layers\.0\.mlp\.up_proj is inside target model\.layers\.0\.mlp:",
     ),
     "an expression for everything": (
         "llama",
         {"target_modules": ".*"},
-        "an adapter goes on a linear layer|lies inside",
+        "an adapter goes on a linear layer|is inside",
     ),
     "an embedding": ("llama", {"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding"),
     "a list of layers": ("llama", {"target_modules": ["layers"]}, "layers is a ModuleList"),
@@ -146,9 +147,9 @@ BAD_PLACES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_PLACES)
-def test_places(case: str) -> None:
-    family, options, message = BAD_PLACES[case]
+@pytest.mark.parametrize("case", BAD_TARGETS)
+def test_targets(case: str) -> None:
+    family, options, message = BAD_TARGETS[case]
     base = fresh(family)
     before = snapshot(base)
     refused(message, get_peft_model, base, BottleneckConfig(**options))
@@ -481,3 +482,17 @@ def test_modules_to_save_after_a_failed_load(tmp_path: Path) -> None:
     before = snapshot(model)
     refused("lacks 2 of 4", model.load_adapter, tmp_path, "second")
     assert_unchanged(model, before)
+
+
+def test_nothing_waits_once_the_weights_have_arrived_or_the_model_has_run(tmp_path: Path) -> None:
+    """What is kept to take an adapter out again is dropped in time: a later misfit must not remove a good adapter."""
+    own = adapted("llama", "series")
+    own.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh("llama"), tmp_path)
+    assert not _pending.get(loaded.get_base_model())
+    config = BottleneckConfig.from_pretrained(tmp_path)
+    model = get_peft_model(fresh("llama"), config)
+    assert _pending[model.get_base_model()].keys() == {"default"}
+    model(IDS)
+    assert model.get_base_model() not in _pending
+    assert vars(config).keys() == vars(BottleneckConfig(**config.to_dict())).keys()  # and no closure on the config

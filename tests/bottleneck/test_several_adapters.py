@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from bottleneck_helpers import (
-    DEAR,
     METHODS,
+    VARIED,
     adapted,
     config_of,
     fresh,
@@ -28,8 +28,8 @@ from llm_adapters.bottleneck import BottleneckLayer
 from llm_adapters.bottleneck.wrapper import Tap
 
 IDS = ids()
-everything = pytest.mark.parametrize("family", FAMILIES)
-dear = pytest.mark.parametrize("family", DEAR)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+varied_families = pytest.mark.parametrize("family", VARIED)
 methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -48,7 +48,7 @@ THREE = {"one": "series", "two": "series", "three": "parallel"}
 
 
 @pytest.mark.proves("several adapters", method=["series", "parallel"])
-@dear
+@varied_families
 @torch.no_grad()
 def test_switching_and_deleting(family: str) -> None:
     model = with_adapters(family, THREE)
@@ -70,7 +70,7 @@ def test_switching_and_deleting(family: str) -> None:
     assert {n.split(".")[-2] for n in adapter_parameters(model)} == {"one"}
 
 
-@dear
+@varied_families
 def test_the_inactive_ones_are_not_trained(family: str) -> None:
     model = with_adapters(family, THREE).train()
     for active in ("three", "one"):
@@ -84,7 +84,7 @@ def test_the_inactive_ones_are_not_trained(family: str) -> None:
         assert changed == gradients.keys()
 
 
-@dear
+@varied_families
 def test_adding_an_adapter_leaves_the_trained_one_trained(family: str) -> None:
     model = with_adapters(family, {"one": "series"})
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -174,7 +174,7 @@ def one_at_a_time(model: PeftModel, run: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.proves("mixed batch", method=["series", "parallel"])
-@everything
+@every_family
 @torch.no_grad()
 def test_a_mixed_batch_is_each_alone(family: str) -> None:
     model = with_adapters(family, THREE)
@@ -190,7 +190,7 @@ def test_a_mixed_batch_is_each_alone(family: str) -> None:
 
 @pytest.mark.proves("mixed batch generates", method=["series", "parallel"])
 @pytest.mark.parametrize("beams", [1, 4])
-@dear
+@varied_families
 @torch.no_grad()
 def test_a_mixed_batch_generates_token_for_token_what_each_does_alone(family: str, beams: int) -> None:
     model = with_adapters(family, THREE)
@@ -205,7 +205,7 @@ def test_a_mixed_batch_generates_token_for_token_what_each_does_alone(family: st
 
 @pytest.mark.proves("mixed batch")
 @methods
-@dear
+@varied_families
 @torch.no_grad()
 def test_a_mixed_batch_of_every_method(family: str, method: str) -> None:
     model = with_adapters(family, {"one": method, "two": method})

@@ -16,11 +16,11 @@ from fusion_helpers import (
     IDS,
     Sources,
     config,
-    dear,
-    everything,
+    every_family,
     fused,
     perturb,
     reference,
+    varied_families,
 )
 from peft import (
     get_peft_model,
@@ -33,7 +33,7 @@ from llm_adapters.fusion import FusionConfig, FusionLayer
 
 
 @pytest.mark.proves("formula", method="fusion")
-@everything
+@every_family
 @torch.no_grad()
 def test_matches_hooks_on_the_plain_model(sources: Sources, family: str) -> None:
     model = fused(sources, family)
@@ -46,7 +46,7 @@ def test_matches_hooks_on_the_plain_model(sources: Sources, family: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["series", "parallel", "learned"])
-@dear
+@varied_families
 @torch.no_grad()
 def test_one_adapter_with_the_identity_as_value_is_that_adapter(sources: Sources, family: str, kind: str) -> None:
     model = fused(sources, family, kind)

@@ -22,14 +22,14 @@ from fusion_helpers import (
     SOURCES,
     Sources,
     config,
-    dear,
-    everything,
+    every_family,
     frozen_parameters,
     fused,
     loss_and_gradients,
     own_parameters,
     perturb,
     reference,
+    varied_families,
 )
 from peft import (
     AutoPeftModelForCausalLM,
@@ -46,7 +46,7 @@ from llm_adapters.fusion import FusionConfig, FusionLayer
 
 
 @pytest.mark.proves("disabled is the base", "unloads", method="fusion")
-@everything
+@every_family
 @torch.no_grad()
 def test_disabled_is_the_base_and_unload_gives_it_back(sources: Sources, family: str) -> None:
     base = fresh(family)
@@ -66,7 +66,7 @@ def test_disabled_is_the_base_and_unload_gives_it_back(sources: Sources, family:
 
 
 @pytest.mark.proves("saves and loads", method="fusion")
-@everything
+@every_family
 @torch.no_grad()
 def test_saves_and_loads_bit_for_bit_without_its_sources(sources: Sources, family: str, tmp_path: Path) -> None:
     folders = [str(shutil.copytree(made.folder, tmp_path / "sources" / name)) for name, made in sources(family).items()]
@@ -122,7 +122,7 @@ def test_keys_of_checkpoints(sources: Sources, tmp_path: Path) -> None:
 
 
 @pytest.mark.proves("trains nothing else", method="fusion")
-@everything
+@every_family
 def test_trains_query_key_and_value_and_nothing_else(sources: Sources, family: str) -> None:
     model = fused(sources, family).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -172,7 +172,7 @@ def test_frozen_means_without_dropout(sources: Sources) -> None:
 
 @pytest.mark.proves("gradient checkpointing", method="fusion")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@dear
+@varied_families
 def test_gradient_checkpointing_changes_nothing(sources: Sources, family: str, reentrant: bool) -> None:
     model = fused(sources, family).train()
     for module in model.modules():
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_changes_nothing(sources: Sources, family: str, r
 
 @pytest.mark.proves("half precision", method="fusion")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@dear
+@varied_families
 def test_half_precision_bases_keep_the_fusion_in_fp32(sources: Sources, family: str, dtype: torch.dtype) -> None:
     model = get_peft_model(fresh(family).to(dtype), config(sources, family)).eval()
     perturb(model, std=0.1)  # with larger ones the softmax is all but a switch, which rounding throws
@@ -218,7 +218,7 @@ def test_half_precision_bases_keep_the_fusion_in_fp32(sources: Sources, family: 
 
 
 @pytest.mark.proves("merges", method="fusion", but="refused")
-@dear
+@varied_families
 @torch.no_grad()
 def test_merging_is_refused(sources: Sources, family: str) -> None:
     model = fused(sources, family)
@@ -230,7 +230,7 @@ def test_merging_is_refused(sources: Sources, family: str) -> None:
 
 
 @pytest.mark.proves("generates", method="fusion")
-@dear
+@varied_families
 @torch.no_grad()
 def test_generation_with_a_cache_is_generation_without(sources: Sources, family: str) -> None:
     model = fused(sources, family)
@@ -247,7 +247,7 @@ def two_fusions(sources: Sources, family: str) -> PeftModel:
 
 
 @pytest.mark.proves("several adapters", "mixed batch", "mixed batch generates", method="fusion")
-@dear
+@varied_families
 @torch.no_grad()
 def test_several_fusions_on_one_model(sources: Sources, family: str) -> None:
     model = two_fusions(sources, family)
@@ -298,7 +298,7 @@ def test_active_fusions_add_up(sources: Sources, family: str) -> None:
 
 
 @pytest.mark.proves("copies and pickles", method="fusion")
-@dear
+@varied_families
 @torch.no_grad()
 def test_copies_and_pickles(sources: Sources, family: str) -> None:
     model = fused(sources, family)

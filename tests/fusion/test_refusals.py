@@ -76,7 +76,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "inside another": (
         {},
         {"insertion": {"up_proj": "after"}},
-        f"target {UP} lies inside target",
+        f"target {UP} is inside target",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What the tests of the bottleneck method share: its variants, and adapted tiny models."""
+"""Helpers of the tests of the bottleneck method: its variants, and adapted tiny models."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.nn import functional
 from llm_adapters import BottleneckConfig
 
 SIZE = 6
-DEAR = ("llama", "bloom", "gptj", "gpt2", "opt", "falcon", "gemma2", "mixtral")  # one of each kind of layer
+VARIED = ("llama", "bloom", "gptj", "gpt2", "opt", "falcon", "gemma2", "mixtral")  # one of each kind of layer
 
 # The projections of the paper's code: before on the way in, after on the way out, parallel on one of attention.
 _LLAMA_LINEARS = ("mlp.up_proj", "mlp.down_proj", "self_attn.v_proj")

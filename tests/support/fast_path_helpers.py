@@ -1,4 +1,4 @@
-"""What the tests of the fast paths share: perturbed adapters on tiny models, examples, the plain way to the loss."""
+"""Helpers of the tests of the fast paths: perturbed adapters on tiny models, examples, the loss without fast paths."""
 
 from typing import Any
 

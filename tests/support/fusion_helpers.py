@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_helpers import BLOCKS, DEAR, LLAMA_LIKE, OUTPUT_INSIDE, RESIDUAL_INSIDE, delta_of, fresh, ids, plain
+from bottleneck_helpers import BLOCKS, LLAMA_LIKE, OUTPUT_INSIDE, RESIDUAL_INSIDE, VARIED, delta_of, fresh, ids, plain
 from peft import PeftModel, get_peft_model
 from tiny import FAMILIES
 from torch import nn
@@ -16,8 +16,8 @@ from llm_adapters.fusion import FusionConfig
 
 IDS = ids()
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-everything = pytest.mark.parametrize("family", FAMILIES)
-dear = pytest.mark.parametrize("family", DEAR)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+varied_families = pytest.mark.parametrize("family", VARIED)
 
 # Three adapters of different kind, size and place: at the attention there are two of them, at the MLP all three.
 SOURCES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ SOURCE = Path(llm_adapters.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "serving"),
     ("studies",),
+    ("api",),
     ("training", "evaluation", "inspection"),
     ("generation",),
     ("fast_paths",),
@@ -21,9 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops", "tasks"),
     ("fusion",),
     ("bottleneck",),
-    ("architectures",),
+    ("architectures", "adapter_files"),
     ("_registration",),  # besides, it loads the tuners by name when PEFT is imported
-    ("compat", "files", "errors", "_version", "_lazy"),
+    ("compat", "files"),
+    ("errors", "_version", "_lazy"),
 )
 
 

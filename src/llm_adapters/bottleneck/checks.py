@@ -58,7 +58,7 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig, targets: Iterabl
             if clash:
                 raise RequestError(
                     f"modules_to_save has {wanted!r}, which matches {saved}, but {clash} gets an adapter: "
-                    "one module cannot lie in the other"
+                    "one module cannot be inside the other"
                 )
 
 

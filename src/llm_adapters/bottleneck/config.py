@@ -3,7 +3,7 @@
 import enum
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class BottleneckConfig(AdapterConfig):
     Series adapters (Houlsby et al. 2019; arXiv 2304.01933, eq. 2) act on a sub-layer's output before the residual is
     added, ``out <- out + s * delta(out)``. Parallel adapters (He et al. 2022; arXiv 2304.01933, eq. 4) run from the
     sub-layer's input to its output, ``out <- out + s * delta(in)``. The modules of the model at hand come from its
-    architecture row. `target_modules` places the same network on any linear layers instead, as the paper's code does.
+    architecture row. `target_modules` puts the same network on any linear layers instead, as the paper's code does.
 
     Args:
         insertion: ``"series"`` or ``"parallel"``; with `target_modules` also ``"before"`` (``W(x + s*delta(x))``) and
@@ -60,7 +60,7 @@ class BottleneckConfig(AdapterConfig):
         target_modules: names (full, or a dotted ending) of the modules to adapt instead of `placement`'s; a string is
             a regular expression that the full name must match.
         layers: indices of the decoder layers to adapt (negative ones count from the end); None for all.
-        bottleneck_size: the width of the bottleneck.
+        bottleneck_size: number of features of the bottleneck.
         non_linearity: name of a transformers activation ("tanh", "relu", "gelu_new", ...); "linear" for none.
         scaling: the factor s, or ``"learned"``: one trained number per adapter, starting at 1.
         bottleneck_dropout: probability of dropping an entry of the network's input while training.
@@ -128,6 +128,11 @@ class BottleneckConfig(AdapterConfig):
                     f"target_modules is {self.target_modules!r}, which is no regular expression ({error}): "
                     "fix it, or give a list of names"
                 ) from None
+        self._check_layers()
+        if self.modules_to_save is not None:
+            self.modules_to_save = names_in("modules_to_save", self.modules_to_save)
+
+    def _check_layers(self) -> None:
         if self.layers is not None:
             if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):
                 raise RequestError(f"layers is {self.layers!r}: a list of whole numbers is allowed")
@@ -137,16 +142,11 @@ class BottleneckConfig(AdapterConfig):
             for index in self.layers:
                 if isinstance(index, bool) or not isinstance(index, int):
                     raise RequestError(f"layers has {index!r}: only whole numbers are allowed")
-        if self.modules_to_save is not None:
-            self.modules_to_save = names_in("modules_to_save", self.modules_to_save)
 
     def _check_network(self) -> None:
         from transformers.activations import ACT2FN
 
-        if isinstance(self.bottleneck_size, bool) or not isinstance(self.bottleneck_size, int):
-            raise RequestError(f"bottleneck_size is {self.bottleneck_size!r}: a whole number of at least 1 is allowed")
-        if self.bottleneck_size < 1:
-            raise RequestError(f"bottleneck_size is {self.bottleneck_size}: it must be at least 1")
+        check_number("bottleneck_size", self.bottleneck_size, int, lambda n: n >= 1, "a whole number of at least 1")
         if self.non_linearity not in ACT2FN:
             raise unknown("non_linearity", self.non_linearity, ACT2FN)
         if any(True for _ in ACT2FN[self.non_linearity].parameters()):
@@ -155,18 +155,11 @@ class BottleneckConfig(AdapterConfig):
                 "choose another, such as tanh, relu or gelu_new"
             )
         if self.scaling != "learned":
-            if isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float):
-                raise RequestError(f"scaling is {self.scaling!r}: a number or 'learned' is allowed")
-            if not math.isfinite(self.scaling) or self.scaling == 0:
-                raise RequestError(f"scaling is {self.scaling}: a finite number other than 0, or 'learned', is allowed")
-        dropout = self.bottleneck_dropout
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise RequestError(f"bottleneck_dropout is {dropout!r}: a number of at least 0 and below 1 is allowed")
-        length = self.prefix_length
-        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-            raise RequestError(
-                f"prefix_length is {length!r}: a whole number of at least 0 is allowed (0 for no prefix)"
-            )
+            allowed = "a finite number other than 0, or 'learned',"
+            check_number("scaling", self.scaling, int | float, lambda s: math.isfinite(s) and s != 0, allowed)
+        rate, allowed = self.bottleneck_dropout, "a number of at least 0 and below 1"
+        check_number("bottleneck_dropout", rate, int | float, lambda p: 0 <= p < 1, allowed)
+        check_number("prefix_length", self.prefix_length, int, lambda n: n >= 0, "a whole number of at least 0")
         if not isinstance(self.use_bias, bool):
             raise RequestError(f"use_bias is {self.use_bias!r}: true or false is allowed")
         if self.init_weights is True:
@@ -178,6 +171,16 @@ class BottleneckConfig(AdapterConfig):
         """Insertion at the module named by `target`: ``before``, ``after`` or ``parallel``."""
         value = self.insertion[target] if isinstance(self.insertion, dict) else self.insertion
         return INSERT_AFTER if value == "series" else value
+
+
+def check_number(name: str, value: Any, kind: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+    """Refuse a value that is no number of the `kind`, or for which `holds` is false.
+
+    Raises:
+        RequestError: the value, and what is `allowed`.
+    """
+    if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+        raise RequestError(f"{name} is {value!r}: {allowed} is allowed")
 
 
 def names_in(field_name: str, value: Any) -> list[str]:

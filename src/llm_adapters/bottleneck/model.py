@@ -91,7 +91,7 @@ class BottleneckModel(BaseTuner):
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; where it was the only active one, the first of the others takes its place everywhere."""
+        """Delete an adapter; where it was the only active one, the first of the others becomes active everywhere."""
         active = self.active_adapters
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")  # once per layer

@@ -66,22 +66,22 @@ def check_free(model: nn.Module, found: Collection[str], kind: type[Wrapper]) ->
     """Refuse targets that a wrapper of the class `kind` cannot take.
 
     Raises:
-        RequestError: a target lies inside another, inside or around what an adapter of the model wraps, or is wrapped
+        RequestError: a target is inside another, inside or around what an adapter of the model wraps, or is wrapped
             by another kind of adapter.
     """
     for outer in found:
         inner = next((name for name in found if name.startswith(outer + ".")), None)
         if inner:
-            raise RequestError(f"target {inner} lies inside target {outer}: name one of them")
+            raise RequestError(f"target {inner} is inside target {outer}: name one of them")
     for name in found:
         wrapper = next((n for n in _parents(name) if isinstance(model.get_submodule(n), Wrapper)), None)
         if wrapper:
             raise RequestError(
-                f"target {name} lies inside {wrapper}, which another adapter of this model wraps whole: "
+                f"target {name} is inside {wrapper}, which another adapter of this model wraps whole: "
                 "adapt the same modules, or load the two adapters on two models"
             )
         target = model.get_submodule(name)
-        # Wrapping a block renames what lies in it, and an adapter in there could not be saved as it was loaded.
+        # Wrapping a block renames what is in it, and an adapter in there could not be saved as it was loaded.
         if isinstance(target, Wrapper) and not isinstance(target, kind):
             raise RequestError(
                 f"target {name} already has an adapter of another method ({type(target).__name__}): "

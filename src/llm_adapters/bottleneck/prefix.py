@@ -62,7 +62,7 @@ def shape_of(name: str, block: nn.Module, settings: Any) -> tuple[int, int]:
     if getattr(settings, "alibi", False) or "position_bias" in parameters:
         raise RequestError(
             f"prefix_length: {type(block).__name__} measures distances over the padding (ALiBi), where a prefix has no "
-            "place of its own: leave prefix_length at 0"
+            "position of its own: leave prefix_length at 0"
         )
     if not any(cache in parameters for cache in _CACHES) or "attention_mask" not in parameters:
         raise RequestError(

@@ -197,7 +197,7 @@ def install_tap(module: nn.Module, layer: Wrapper) -> None:
 
 
 def move_taps(module: nn.Module, target: nn.Module) -> None:
-    """Move the taps of `module` to `target`, which takes its place in the model, with or without a wrapper."""
+    """Move the taps of `module` to `target`, which replaces it in the model, with or without a wrapper."""
     for key, hook in _taps(module).items():
         del module._forward_pre_hooks[key]
         target.register_forward_pre_hook(hook)

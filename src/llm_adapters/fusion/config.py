@@ -32,8 +32,9 @@ _DECISIVE = sorted(
 class FusionConfig(AdapterConfig):
     """A learned attention over several trained, frozen series or parallel adapters (Pfeiffer et al. 2021, section 3).
 
-    The adapters may differ in kind, size and place. They are read once, when the fusion is created, and are part of its
-    checkpoint from then on: loading it needs none of their folders. See `FusionLayer` for what is computed.
+    The adapters may differ in kind, size and target modules. They are read once, when the fusion is created, and
+    are part of its checkpoint from then on: loading it needs none of their folders. See `FusionLayer` for what is
+    computed.
 
     Args:
         adapters: the folders of the adapters to fuse (in PEFT's format, or run folders); in a saved configuration, the

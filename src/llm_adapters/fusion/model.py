@@ -42,7 +42,7 @@ class FusionModel(BottleneckModel):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """The checkpoint's key; PEFT looks for the name at the end of the key, and the networks lie deeper."""
+        """The checkpoint's key; PEFT looks for the name at the end of the key, and the networks are deeper."""
         start, nested, rest = key.rpartition(_NESTED)
         if nested:
             return start + nested + rest.removeprefix(f"{adapter_name}.")
@@ -60,7 +60,7 @@ def placements(model: nn.Module, config: FusionConfig) -> dict[str, FusionPlacem
         A `FusionPlacement` for each module, by its full name in `model`.
 
     Raises:
-        RequestError: an adapter fits nowhere in the model, changes a module's input, or lies inside another one.
+        RequestError: an adapter fits nowhere in the model, changes a module's input, or is inside another one.
     """
     found: dict[str, dict[str, Any]] = {}
     for index, adapter in enumerate(config.bottlenecks):

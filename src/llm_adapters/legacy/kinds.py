@@ -1,6 +1,6 @@
-"""What the checkpoints of the paper's code hold: checked, and turned into PEFT's format.
+"""Contents of the checkpoints of the paper's code: checked, and turned into PEFT's format.
 
-One class per kind. An object of it is a checkpoint that is right in itself; whether it fits a model comes after.
+One class per kind. An object of it is a checkpoint that is right in itself; `check_fit` compares it with a model.
 """
 
 import re
@@ -50,29 +50,29 @@ class AtModules(Checkpoint):
                 "paper's scripts never save and which cannot be converted"
             )
         self.endings, self.pattern = self._targets()
-        places = {key: self._place(key) for key in weights}
-        self.modules = list(dict.fromkeys(place[0] for place in places.values() if place))
-        self.bias_keys = [key for key in weights if places[key] is None and key.endswith(".bias")]
+        split = {key: self._split(key) for key in weights}
+        self.modules = list(dict.fromkeys(names[0] for names in split.values() if names))
+        self.bias_keys = [key for key in weights if split[key] is None and key.endswith(".bias")]
         if self.bias_keys and settings.get("bias") not in self.biases:
             raise self.error(
                 f"holds biases of the base model (bias = {settings.get('bias')!r}), such as {self.bias_keys[0]}, "
-                "for which a converted adapter of this kind has no place"
+                "which a converted adapter of this kind cannot hold"
             )
         if not self.modules:
             raise self.error(f"holds no adapter weights: no key ends in {' or '.join(self.parts)}")
         if settings.get("target_modules") is None:
             self.endings = sorted({module.rpartition(".")[2] for module in self.modules})
         missing = [self._key(m, part) for m in self._expected_modules() for part in self.parts]
-        unexpected = [key for key, place in places.items() if place is None and key not in self.bias_keys]
+        unexpected = [key for key, names in split.items() if names is None and key not in self.bias_keys]
         unexpected += [self._key(m, next(iter(self.parts))) for m in self.modules if not self._is_target(m)]
         self.check_keys([key for key in missing if key not in weights], unexpected)
         for module in self.modules:
-            for part, shape in self.shapes(module, *self.widths(module)).items():
+            for part, shape in self.shapes(module, *self.features(module)).items():
                 self.check_shape(self._key(module, part), shape)
 
     @abstractmethod
-    def widths(self, module: str) -> tuple[int, int]:
-        """How many features `module` takes and gives, as far as the adapter's weights tell."""
+    def features(self, module: str) -> tuple[int, int]:
+        """Number of features that `module` takes and gives, as far as the adapter's weights tell."""
 
     @abstractmethod
     def shapes(self, module: str, taken: int, given: int) -> dict[str, tuple[int, ...]]:
@@ -81,7 +81,8 @@ class AtModules(Checkpoint):
     def check_fit(self, model: "nn.Module") -> None:
         """Compare keys and shapes with the model's linear layers."""
         from torch import nn
-        from transformers.pytorch_utils import Conv1D
+
+        from llm_adapters.compat.transformers import is_conv1d
 
         where = f" on {type(model).__name__}"
         found = {name: module for name, module in model.named_modules() if name and self._is_target(name)}
@@ -93,7 +94,7 @@ class AtModules(Checkpoint):
         for name, module in found.items():
             if isinstance(module, nn.Linear):
                 taken, given = module.in_features, module.out_features
-            elif isinstance(module, Conv1D):
+            elif is_conv1d(module):
                 taken, given = module.weight.shape
             else:
                 raise self.error(f"cannot be put{where}: {name} is a {type(module).__name__} and not a linear layer")
@@ -119,7 +120,7 @@ class AtModules(Checkpoint):
         return self.weights[self._key(module, part)]
 
     def _targets(self) -> tuple[list[str], re.Pattern[str] | None]:
-        """What selects the modules: endings of their names, or a pattern."""
+        """Selection of the modules: endings of their names, or a pattern."""
         targets = self.setting("target_modules", [], str, list)
         try:
             return ([], re.compile(targets)) if isinstance(targets, str) else ([str(t) for t in targets], None)
@@ -146,7 +147,7 @@ class AtModules(Checkpoint):
             expected |= dict.fromkeys(f"{stack}.{layer}.{name}" for layer in sorted(layers) for name in names)
         return list(expected)
 
-    def _place(self, key: str) -> tuple[str, str] | None:
+    def _split(self, key: str) -> tuple[str, str] | None:
         """The module and the part that `key` names, None if it is another thing."""
         for part in self.parts:
             if key.startswith(_ROOT) and key.endswith("." + part):
@@ -169,7 +170,7 @@ class Bottleneck(AtModules):
         self.config()  # raises for a setting that is not allowed
 
     def insertion(self, module: str) -> str:
-        """Whether the adapter at `module` goes before, after or parallel to it."""
+        """Kind of the adapter at `module`: it goes before, after or parallel to it."""
         name = module.rpartition(".")[2]
         if self.parallel:
             return "parallel"
@@ -177,7 +178,7 @@ class Bottleneck(AtModules):
             raise self.error(f"has a series adapter on {name!r}; the paper's code knows {', '.join(POSITIONS)}")
         return POSITIONS[name]
 
-    def widths(self, module: str) -> tuple[int, int]:
+    def features(self, module: str) -> tuple[int, int]:
         """From W_down's columns and W_up's rows."""
         down, up = self.at_part(module, "adapter_down.weight"), self.at_part(module, "adapter_up.weight")
         return _size(down, -1), _size(up, 0)
@@ -232,7 +233,7 @@ class Lora(AtModules):
         super().__init__(folder, settings, weights)
         self.config()  # raises for a setting that is not allowed
 
-    def widths(self, module: str) -> tuple[int, int]:
+    def features(self, module: str) -> tuple[int, int]:
         """From A's columns and B's rows."""
         a, b = (self.at_part(module, part) for part in self.parts)
         count, slices = self.slices()
@@ -281,12 +282,12 @@ class Lora(AtModules):
         return result
 
     def slices(self) -> tuple[int, int]:
-        """How many slices of the output rows have a product of their own, and how many there are."""
+        """Number of slices of the output rows that have a product of their own, and of all slices."""
         if self.enabled is None:
             return 1, 1
         booleans = isinstance(self.enabled, list) and all(isinstance(e, bool) for e in self.enabled)
         if not booleans or not any(self.enabled):
-            raise self.error(f"has enable_lora = {self.enabled!r}, where booleans are due, and one of them true")
+            raise self.error(f"has enable_lora = {self.enabled!r}, where booleans are expected, and one of them true")
         return sum(self.enabled), len(self.enabled)
 
     def _spread(self, a: "torch.Tensor", b: "torch.Tensor") -> "torch.Tensor":
@@ -309,8 +310,8 @@ class Prefix(Checkpoint):
     def __init__(self, folder: Path, settings: dict[str, Any], weights: "dict[str, torch.Tensor]") -> None:
         super().__init__(folder, settings, weights)
         self.check_keys([_PROMPT] if _PROMPT not in weights else [], [key for key in weights if key != _PROMPT])
-        width = 2 * self.number("num_layers") * self.number("token_dim")
-        self.check_shape(_PROMPT, (self.number("num_virtual_tokens"), width))
+        size = 2 * self.number("num_layers") * self.number("token_dim")
+        self.check_shape(_PROMPT, (self.number("num_virtual_tokens"), size))
 
     def check_fit(self, model: "nn.Module") -> None:
         """Compare with the keys and values that the model's attention works with."""
@@ -318,9 +319,10 @@ class Prefix(Checkpoint):
 
         settings = text_config(model)
         heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-        width = heads * (getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads)
+        head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+        size = 2 * settings.num_hidden_layers * heads * head_dim
         where = f" on {type(model).__name__}"
-        self.check_shape(_PROMPT, (self.number("num_virtual_tokens"), 2 * settings.num_hidden_layers * width), where)
+        self.check_shape(_PROMPT, (self.number("num_virtual_tokens"), size), where)
         for name, wanted in (("num_layers", settings.num_hidden_layers), ("num_attention_heads", heads)):
             if self.number(name) != wanted:
                 raise self.error(f"cannot be put{where}: {name} is {self.number(name)}, and {wanted} is needed")
