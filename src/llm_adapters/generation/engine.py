@@ -268,7 +268,7 @@ class Engine:
         if route is None:
             if adapter is not None:
                 raise RequestError(
-                    f"adapter={adapter!r} is named, and the engine has no adapters: name them in `FastPaths(adapters=)`."
+                    f"adapter={adapter!r} is named, and the engine has no adapters: give `FastPaths(adapters=)`."
                 )
             return 0
         name = NO_ADAPTER if adapter is None else adapter
