@@ -129,7 +129,7 @@ def test_layers_are_told_for_the_rows_that_there_are():
     with FastPaths(model, inference=True, adapters=["default", "other"]) as fast, torch.no_grad():
         fast.use_adapter(1, 6)
         fast.base(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]))
-        with pytest.raises(RuntimeError, match="adapters were told for 6 rows, and there are 4"):
+        with pytest.raises(RuntimeError, match="adapters were set for 6 rows, and there are 4"):
             fast.base(input_ids=torch.tensor([[5, 6, 7, 8]]))
 
 
