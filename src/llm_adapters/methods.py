@@ -7,7 +7,7 @@ the same rows.
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +225,19 @@ def get(name: str) -> Method:
     raise unknown("method", name, [*METHODS, *others])
 
 
+def check_options(method: str, options: Iterable[str]) -> Method:
+    """Row of `method`, once the names of its `options` are known to be right.
+
+    Raises:
+        RequestError: unknown method or option; the allowed ones are listed.
+    """
+    row = get(method)
+    for option in options:
+        if option not in row.options:
+            raise unknown(f"option of {row.name}", option, row.options)
+    return row
+
+
 def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConfig":
     """The PEFT configuration of `method` for `model`.
 
@@ -237,10 +250,7 @@ def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConf
     Raises:
         RequestError: unknown method or option (the allowed ones are listed), or a value that the method refuses.
     """
-    row = get(method)
-    for option in options:
-        if option not in row.options:
-            raise unknown(f"option of {row.name}", option, row.options)
+    row = check_options(method, options)
     values: dict[str, Any] = {**row.defaults, **options}
     if row.places is not None and not {"target_modules", "target_parameters"} & {k for k, v in options.items() if v}:
         values = {**row.places(model), **{k: v for k, v in values.items() if k != "target_modules"}}

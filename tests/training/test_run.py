@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.training import Interrupted, train
+from llm_adapters.runs import RunFolder
+from llm_adapters.training import Interrupted, checkpoints, train
 from llm_adapters.training.recipe import load_recipe
 
 
@@ -85,7 +86,7 @@ def test_the_run_folder_says_what_ran(models: dict[str, Path], tmp_path: Path) -
     assert manifest["adapter"]["trainable_parameters"] == 2 * (32 * 8 + 8 * 32)
     assert manifest["seed"] == 42
     assert manifest["tokens_per_second"] > 0
-    assert manifest["acceleration"]["packing"] == manifest["acceleration"]["fused head"] == "on"
+    assert manifest["fast_paths"]["packing"] == manifest["fast_paths"]["fused head"] == "on"
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert log == run.log
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
@@ -148,13 +149,15 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     ]
 
 
-def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(models: dict[str, Path], tmp_path: Path) -> None:
-    from llm_adapters.training.trainer import complete_checkpoint
-
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "complete").touch()
-    (tmp_path / "checkpoint-10").mkdir()
-    assert complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (2, 9, 10):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "optimizer.pt").write_bytes(b"state")
+    checkpoints.complete(run, 2)
+    checkpoints.complete(run, 9)
+    (run.checkpoint(9) / "optimizer.pt").write_bytes(b"sta")
+    assert run.resume_point() == run.checkpoint(2)
 
 
 def test_early_stopping_and_the_best_adapter(models: dict[str, Path], tmp_path: Path) -> None:

@@ -50,9 +50,13 @@ def parse(
                 f"verb of {words[0]}", words[1] if len(words) > 1 else "", [name.split()[1] for name in group]
             )
         raise unknown("verb", words[0], {name.split()[0] for name in verbs})
-    from llm_adapters.training.recipe import Recipe, load_recipe  # not for the overview, which is to be instant
+    from llm_adapters.training.recipe import (  # not for the overview, which is to be instant
+        Recipe,
+        load_recipe,
+        upgraded_options,
+    )
 
-    rest = words[len(verb.split()) :]
+    rest = upgraded_options(words[len(verb.split()) :])
     hints = typing.get_type_hints(verbs[verb], localns={"Recipe": Recipe})
     parser = _parser(verb, verbs[verb], hints, positional.get(verb, {}))
     asked = _parse(parser, rest, verb)

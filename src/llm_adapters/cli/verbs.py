@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_adapters._version import __version__
-from llm_adapters.errors import RequestError, WorkError
+from llm_adapters.errors import Interrupted, RequestError, WorkError
 
 if TYPE_CHECKING:
     from llm_adapters.training.recipe import Recipe
@@ -43,29 +43,17 @@ def train(recipe: "Recipe", output: Path, json: bool = False) -> None:
         output: the run folder.
         json: print the manifest as one JSON document on stdout.
     """
-    from llm_adapters import evaluation, training
+    from llm_adapters import api
     from llm_adapters.cli import tables
 
-    run = training.train(recipe, output)
-    if json and not recipe.evaluation.tasks:
-        _print(run.manifest, json)
+    run = api.train(recipe, output)
+    if json:
+        measured = {"evaluation": run.evaluation.to_dict()} if run.evaluation else {}
+        _print({**run.manifest, **measured}, json)
         return
-    if not json:
-        tables.show_run(run)
-    if recipe.evaluation.tasks:
-        asked = recipe.evaluation
-        result = evaluation.evaluate(
-            output,
-            tasks=asked.tasks,
-            limit=asked.limit,
-            protocol=asked.protocol,
-            max_new_tokens=asked.max_new_tokens,
-            batch_size=asked.batch_size,
-        )
-        if json:
-            _print({**run.manifest, "evaluation": result.to_dict()}, json)
-        else:
-            tables.show_evaluation(result)
+    tables.show_run(run)
+    if run.evaluation:
+        tables.show_evaluation(run.evaluation)
 
 
 def evaluate(
@@ -305,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         VERBS[verb](**values)
     except (RequestError, WorkError) as error:
         print(f"llm-adapters: {error}", file=sys.stderr)
-        if type(error).__name__ == "Interrupted":
+        if isinstance(error, Interrupted):
             return INTERRUPTED
         return WRONG_REQUEST if isinstance(error, RequestError) else FAILED
     except KeyboardInterrupt:

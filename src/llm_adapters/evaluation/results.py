@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_adapters.checkpoints import read_json
 from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.protocols import get_protocol
 from llm_adapters.evaluation.records import Record, read_records, write_records
 from llm_adapters.evaluation.statistics import Comparison, Spread, compare, spread, wilson
-from llm_adapters.files import write_json
+from llm_adapters.files import read_json, write_json
+from llm_adapters.runs import RunFolder
 
 SUMMARY = "summary.json"
 
@@ -118,7 +118,7 @@ def _score(correct: int, total: int) -> dict[str, Any]:
 
 def find(folder: Path, protocol: str = "default") -> Path:
     """The folder that holds the results: `folder` or its ``eval/<protocol>``; `RequestError` where neither does."""
-    for place in (folder, folder / "eval" / protocol):
+    for place in (folder, RunFolder(folder).evaluation(protocol)):
         if (place / SUMMARY).is_file():
             return place
     raise RequestError(f"{str(folder)!r} holds no results of the protocol {protocol!r}: no {SUMMARY}. Evaluate first.")

@@ -5,8 +5,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.checkpoints import ADAPTER_CONFIG, some
-from llm_adapters.errors import RequestError
+from llm_adapters.adapter_files import ADAPTER_CONFIG
+from llm_adapters.errors import RequestError, some
 
 if TYPE_CHECKING:
     import torch
