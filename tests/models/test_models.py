@@ -405,7 +405,7 @@ def test_a_run_whose_base_is_gone_says_how_to_go_on(folder, tmp_path):
     save_run(folder, tmp_path / "run")
     moved = Path(shutil.move(folder, tmp_path / "moved"))
     with pytest.raises(
-        RequestError, match=r"base model of .*run.* is not to be had: there is no folder .*base.*as its"
+        RequestError, match=r"base model of .*run.* is not available: there is no folder .*base.*as its"
     ):
         load(tmp_path / "run")
     assert load(moved, tmp_path / "run" / "adapter").name == str(moved)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,32 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     assert [(e["step"], e["loss"]) for e in resumed.log if "loss" in e] == [
         (e["step"], e["loss"]) for e in whole.log if "loss" in e
     ]
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(models: dict[str, Path], tmp_path: Path) -> None:
+    document = small(models["llama"], training={"epochs": 2})
+    recipe = load_recipe(document)
+    written = recipe.to_dict()
+    written["model"]["dtype"] = "float32"
+    written["training"]["accelerate"] = written["training"].pop("fast_paths")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(written))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # nobody can change what is written
+        run = train(recipe, tmp_path / "run", progress=False)
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["training"]["fast_paths"] is True
+    other = dict(document, training=document["training"] | {"fast_paths": False})
+    (run.folder / "manifest.json").unlink()
+    with pytest.raises(RequestError, match="already holds another run"):
+        train(other, run.folder, progress=False)
+
+
+def test_progress_bars_of_transformers_are_as_before(models: dict[str, Path], tmp_path: Path) -> None:
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    train(small(models["llama"]), tmp_path / "run", progress=False)
+    assert logging.is_progress_bar_enabled()
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path: Path) -> None:
