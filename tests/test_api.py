@@ -68,7 +68,7 @@ def test_a_task_that_does_not_exist_is_told_before_anything_is_trained(model: Pa
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(3, "a int is not a model"), ("x" * 5000, "5000 characters"), ("a\0b", "character")]
+    ("value", "message"), [(3, "of type int is not a model"), ("x" * 5000, "5000 characters"), ("a\0b", "character")]
 )
 def test_what_cannot_name_a_model(value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):

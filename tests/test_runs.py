@@ -8,7 +8,7 @@ import pytest
 
 from llm_adapters.adapter_files import find_adapter, read_template, write_note
 from llm_adapters.errors import RequestError
-from llm_adapters.files import atomic_folder, is_complete, mark_complete
+from llm_adapters.files import atomic_folder, is_complete, mark_complete, read_json
 from llm_adapters.runs import RunFolder
 
 CONFIG = "model: {name: some-model, dtype: float32}\ndata: {template: chat}\n"
@@ -114,9 +114,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "new") as made:
-        (made / "half").touch()
-        raise ZeroDivisionError
+    with pytest.raises(RequestError), atomic_folder(tmp_path / "new"):
+        read_json(tmp_path / "none")
     assert names(tmp_path) == []
     with atomic_folder(tmp_path / "new") as made:
         (made / "whole").touch()

@@ -1,4 +1,4 @@
-"""What a recipe says, from Python and from the command line: train, then measure."""
+"""`train` as a recipe says, the same from Python and from the command line: train an adapter, then measure it."""
 
 import os
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 class RequestError(ValueError):
-    """What was asked for is wrong: an unknown name, a missing file, a value out of range (exit code 2).
+    """The request is wrong: an unknown name, a missing file, a value out of range (exit code 2).
 
     The message is one or two sentences for a person: what was wrong (the value), what is allowed, what to do next.
     """

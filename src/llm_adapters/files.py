@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,15 +77,18 @@ def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterat
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def mark_complete(folder: Path, **about: Any) -> None:
+def mark_complete(folder: Path, ignore: str = "", **about: Any) -> None:
     """Flush the files in `folder` to disk, then write there that it is complete.
 
     Args:
         folder: nothing is written to it afterwards.
+        ignore: pattern of names of files that do not count.
         about: kept in the mark, beside the size of each file.
     """
     _flush(folder)
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
+    sizes = {
+        str(file.relative_to(folder)): file.stat().st_size for file in _files(folder) if not fnmatch(file.name, ignore)
+    }
     write_json(folder / COMPLETE, {**about, "sizes": sizes})
 
 

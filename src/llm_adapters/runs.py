@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
-        """What ran, on what, how fast (JSON); written last."""
+        """Record of what ran, on what, how fast (JSON); written last."""
         return self.path / "manifest.json"
 
     @property

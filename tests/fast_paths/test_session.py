@@ -71,8 +71,7 @@ def test_what_is_on_and_why_the_rest_is_not(family: str) -> None:
 
 @pytest.mark.parametrize("family", NAMED)
 @pytest.mark.parametrize(
-    "limits",
-    [*({"micro_batch_size": size} for size in (1, 4, 16)), *({"micro_batch_tokens": most} for most in (30, 1))],
+    "limits", [*({"micro_batch_size": n} for n in (1, 4, 16)), *({"micro_batch_tokens": n} for n in (30, 1))]
 )
 def test_the_division_into_micro_batches_changes_nothing(family: str, limits: dict) -> None:
     model = adapted(family, "lora").train()

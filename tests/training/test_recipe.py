@@ -50,7 +50,7 @@ def test_what_is_wrong_is_named(document: dict[str, object], names: str) -> None
     assert "\n" not in str(error.value)
 
 
-def test_the_names_of_earlier_versions_are_taken(tmp_path: Path) -> None:
+def test_the_names_of_earlier_versions_are_taken() -> None:
     document = {"training": {"accelerate": False}, "data": {"too_long": "cut"}}
     with pytest.warns(
         DeprecationWarning, match=r"training\.accelerate is deprecated: write training\.fast_paths"

@@ -1,4 +1,4 @@
-"""What an evaluation found: scores with intervals, the records behind them, and the folder where both are kept."""
+"""Results of an evaluation: scores with intervals, the records behind them, and the folder where both are kept."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -150,7 +150,7 @@ def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:
 
 
 def rescore(folder: Path, protocol: str) -> Evaluation:
-    """Read the answers in the records of `folder` anew, under the rules of another protocol, without the model.
+    """Read the answers in the records of `folder` again, under the rules of another protocol, without the model.
 
     Only the extraction is the other protocol's: prompts and outputs stay what they are, and the summary says so. The
     results are written to ``rescored/<protocol>/`` beside the records.

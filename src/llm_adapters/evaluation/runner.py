@@ -58,7 +58,7 @@ def evaluate(
     flip: what batching and the precision do to the score.
 
     Raises `RequestError` for anything wrong with the request, before anything is written, and `WorkError` where data
-    cannot be had or the model computes no numbers.
+    is not available or the model computes no numbers.
     """
     rule = get_protocol(protocol)
     asked, new_tokens = rule.resolve(template, max_new_tokens)
@@ -187,7 +187,7 @@ def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol
 
 
 def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, Any]:
-    """How the numbers come about: everything of the summary but the numbers."""
+    """Circumstances of the measurement: everything of the summary but the numbers."""
     import torch
 
     return {

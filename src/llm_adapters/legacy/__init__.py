@@ -106,7 +106,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _tensors(file: Path) -> "dict[str, torch.Tensor]":
-    """What `file` holds, on the CPU, each tensor with memory of its own. No code in the file is run."""
+    """Tensors in `file`, on the CPU, each tensor with memory of its own. No code in the file is run."""
     import torch
     from safetensors.torch import load_file
 

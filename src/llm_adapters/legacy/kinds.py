@@ -1,4 +1,4 @@
-"""What the checkpoints of the paper's code hold: checked, and turned into PEFT's format.
+"""Contents of the checkpoints of the paper's code: checked, and turned into PEFT's format.
 
 One class per kind. An object of it is a checkpoint that is right in itself; whether it fits a model comes after.
 """
@@ -72,7 +72,7 @@ class AtModules(Checkpoint):
 
     @abstractmethod
     def widths(self, module: str) -> tuple[int, int]:
-        """How many features `module` takes and gives, as far as the adapter's weights tell."""
+        """Number of features that `module` takes and gives, as far as the adapter's weights tell."""
 
     @abstractmethod
     def shapes(self, module: str, taken: int, given: int) -> dict[str, tuple[int, ...]]:
@@ -119,7 +119,7 @@ class AtModules(Checkpoint):
         return self.weights[self._key(module, part)]
 
     def _targets(self) -> tuple[list[str], re.Pattern[str] | None]:
-        """What selects the modules: endings of their names, or a pattern."""
+        """Selection of the modules: endings of their names, or a pattern."""
         targets = self.setting("target_modules", [], str, list)
         try:
             return ([], re.compile(targets)) if isinstance(targets, str) else ([str(t) for t in targets], None)
@@ -169,7 +169,7 @@ class Bottleneck(AtModules):
         self.config()  # raises for a setting that is not allowed
 
     def insertion(self, module: str) -> str:
-        """Whether the adapter at `module` goes before, after or parallel to it."""
+        """Kind of the adapter at `module`: it goes before, after or parallel to it."""
         name = module.rpartition(".")[2]
         if self.parallel:
             return "parallel"
@@ -281,12 +281,12 @@ class Lora(AtModules):
         return result
 
     def slices(self) -> tuple[int, int]:
-        """How many slices of the output rows have a product of their own, and how many there are."""
+        """Number of slices of the output rows that have a product of their own, and of all slices."""
         if self.enabled is None:
             return 1, 1
         booleans = isinstance(self.enabled, list) and all(isinstance(e, bool) for e in self.enabled)
         if not booleans or not any(self.enabled):
-            raise self.error(f"has enable_lora = {self.enabled!r}, where booleans are due, and one of them true")
+            raise self.error(f"has enable_lora = {self.enabled!r}, where booleans are expected, and one of them true")
         return sum(self.enabled), len(self.enabled)
 
     def _spread(self, a: "torch.Tensor", b: "torch.Tensor") -> "torch.Tensor":

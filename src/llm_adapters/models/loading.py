@@ -143,7 +143,7 @@ def model_config(name: str | os.PathLike[str]) -> "PreTrainedConfig":
 
 
 def context_length(model: "PreTrainedModel") -> int | None:
-    """The most tokens that `model` takes; None where it has no limit (BLOOM)."""
+    """Longest sequence that `model` takes, in tokens; None where it has no limit (BLOOM)."""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     return next((size for name in names if isinstance(size := getattr(config, name, None), int)), None)
@@ -263,7 +263,8 @@ def _name(model: str | os.PathLike[str]) -> str:
         name = os.fspath(model)
     except TypeError:
         raise RequestError(
-            f"a {type(model).__name__} is not a model: give a name, a folder, or the run that `train` returned."
+            f"an object of type {type(model).__name__} is not a model: give a name, a folder, or the run that `train` "
+            "returned."
         ) from None
     try:
         os.stat(name)

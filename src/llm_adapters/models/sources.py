@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, the GGUF file that an installed package ships, or the hub."""
+"""Sources of a model's files: a local folder, the GGUF file that an installed package ships, or the hub."""
 
 import contextlib
 import importlib.util

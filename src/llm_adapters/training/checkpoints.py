@@ -34,7 +34,8 @@ def save_adapter(model: "PeftModel", folder: Path, template: str) -> None:
 
 def complete(run: RunFolder, step: int) -> None:
     """Mark the checkpoint after `step` as whole: only such a one is resumed from."""
-    mark_complete(run.checkpoint(step))
+    # The other processes may still be writing the states of their random numbers.
+    mark_complete(run.checkpoint(step), ignore="rng_state_[1-9]*.pth")
 
 
 def prune(run: RunFolder) -> None:

@@ -22,7 +22,7 @@ class MicroBatch:
 
     Attributes:
         inputs: what the model takes: `input_ids` and, for padded rows, `attention_mask`, each (rows, tokens).
-        at: (labels,): where in the flattened `input_ids` the labels are predicted, one place before each.
+        at: (labels,): where in the flattened `input_ids` the labels are predicted, one position before each.
         targets: (labels,): the labels.
         pack: the pack, where it is one.
         tokens: number of tokens, no padding counted and a shared prefix counted for every sequence.
@@ -113,10 +113,10 @@ class Collator:
 
         at, targets = [], []
         for start, example in zip(starts, examples, strict=True):
-            # No token predicts the first one, so that a label there has no place.
-            found = [place for place in range(1, len(example.labels)) if example.labels[place] != IGNORED]
-            at += [start + place - 1 for place in found]
-            targets += [example.labels[place] for place in found]
+            # No token predicts the first one, so that a label there cannot be learnt.
+            positions = [i for i in range(1, len(example.labels)) if example.labels[i] != IGNORED]
+            at += [start + position - 1 for position in positions]
+            targets += [example.labels[position] for position in positions]
         return MicroBatch(
             inputs,
             torch.tensor(at, dtype=torch.int64, device=self.device),

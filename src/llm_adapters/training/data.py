@@ -115,18 +115,18 @@ def _encode(
         tokens = encode_example(
             tokenizer, example, template=settings.template, train_on_prompt=settings.train_on_prompt
         )
-        length, most = len(tokens.input_ids), settings.max_length
+        length, limit = len(tokens.input_ids), settings.max_length
         counts.longest = max(counts.longest, length)
-        if length > most:
+        if length > limit:
             if settings.too_long == "error":
                 raise RequestError(
-                    f"an example has {length} tokens, data.max_length is {most}: "
+                    f"an example has {length} tokens, data.max_length is {limit}: "
                     "raise it, or set data.too_long to drop or truncate"
                 )
             if settings.too_long == "drop":
                 counts.dropped += 1
                 continue
-            tokens = Encoded(tokens.input_ids[:most], tokens.labels[:most], tokens.prompt_length)
+            tokens = Encoded(tokens.input_ids[:limit], tokens.labels[:limit], tokens.prompt_length)
             counts.truncated += 1
         if all(label == IGNORED for label in tokens.labels[1:]):
             counts.dropped += 1  # truncated before its response begins: there is nothing to learn from it

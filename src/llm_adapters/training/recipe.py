@@ -46,7 +46,7 @@ class AdapterSettings:
 
 @dataclass
 class DataSettings:
-    """What it is trained on.
+    """The data that it is trained on.
 
     Attributes:
         train: a training set of the catalogue (see `llm-adapters data list`) or a .json, .jsonl, .csv or .parquet file.
@@ -72,7 +72,7 @@ class DataSettings:
 
 @dataclass
 class TrainingSettings:
-    """How it is trained.
+    """The optimisation.
 
     Attributes:
         epochs: passes over the training data.
@@ -120,7 +120,7 @@ class TrainingSettings:
 
 @dataclass
 class EvaluationSettings:
-    """What is measured after training.
+    """The tasks that are measured after training.
 
     Attributes:
         tasks: test sets of the catalogue; none by default.

@@ -158,7 +158,6 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint as complete: only such a one is resumed from."""
-        self.trainer.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
         if state.is_world_process_zero:
             checkpoints.complete(self.folder, state.global_step)
 
