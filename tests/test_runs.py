@@ -10,6 +10,7 @@ from llm_adapters.adapter_files import find_adapter, read_template, write_note
 from llm_adapters.errors import RequestError
 from llm_adapters.files import atomic_folder, is_complete, mark_complete, read_json
 from llm_adapters.runs import RunFolder
+from llm_adapters.training import checkpoints
 
 CONFIG = "model: {name: some-model, dtype: float32}\ndata: {template: chat}\n"
 
@@ -101,6 +102,19 @@ def test_a_model_converted_by_an_earlier_version_is_complete(tmp_path: Path) -> 
     assert is_complete(tmp_path)
     (tmp_path / "weights").write_bytes(b"12345")
     assert not is_complete(tmp_path)
+
+
+def test_files_that_others_may_still_be_writing_do_not_count(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    folder = run.checkpoint(1)
+    folder.mkdir(parents=True)
+    for rank in (0, 1):
+        (folder / f"rng_state_{rank}.pth").write_bytes(b"ha")
+    checkpoints.complete(run, 1)
+    (folder / "rng_state_1.pth").write_bytes(b"half no more")
+    assert is_complete(folder)
+    (folder / "rng_state_0.pth").unlink()
+    assert not is_complete(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"sizes": 3}'])

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """`model` with the adapter in `folder`, in eval mode.
+    """Put the adapter in `folder` on `model`, in eval mode; `model` is not to be used after an error.
 
-    Raises `RequestError` unless the adapter is one in PEFT's format, fits `model` key by key and shape by shape, is
-    finite throughout, and the result computes something. `model` is not to be used after an error.
+    Raises:
+        RequestError: the adapter is not in PEFT's format, does not fit `model` key by key and shape by shape, holds
+            values that are not finite, or the result computes none.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights

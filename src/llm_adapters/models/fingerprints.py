@@ -35,8 +35,12 @@ def versions(*more: str) -> dict[str, str]:
 def base_fingerprint(folder: Path, memory: Path | None = None) -> str:
     """SHA-256 of what the model in `folder` computes with: each weight's name, type, shape and bytes, and the config.
 
-    The same whatever files the weights are spread over, whoever wrote them. `memory` is a JSON file in which the digest
-    of the weights is kept by path, size and time of change, since many gigabytes take a while.
+    The same whatever files the weights are spread over, whoever wrote them.
+
+    Args:
+        folder: the model's.
+        memory: a JSON file in which the digest of the weights is kept by path, size and time of change, since many
+            gigabytes take a while.
     """
     files = weight_files(folder)
     stats = [(str(file.resolve()), file.stat()) for file in files]

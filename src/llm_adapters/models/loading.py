@@ -35,10 +35,17 @@ DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class LoadedModel:
     """A model in eval mode, on its device, with the tokenizer that belongs to it.
 
-    `model` is a `PeftModel` where `adapter` (its folder) is set. `tokenizer` has a pad token, which is one of its own
-    (the embeddings are never resized), and pads on the left. `source` says where the base came from (``"folder"``,
-    ``"package"`` or ``"hub"``) and `path` in which folder its files lie. `template` is the prompt template that the
-    adapter was trained with, None where nothing says so. `run` is the run folder, if one was loaded.
+    Attributes:
+        model: a `PeftModel` where `adapter` is set.
+        tokenizer: has a pad token, which is one of its own (the embeddings are never resized), and pads on the left.
+        name: the name that the base was asked for by.
+        source: where the base came from: ``"folder"``, ``"package"`` or ``"hub"``.
+        path: folder of the base's files.
+        dtype: precision of the base.
+        device: where the model is.
+        adapter: folder of the adapter; None for a bare base model.
+        template: prompt template that the adapter was trained with; None where nothing says so.
+        run: the run folder, if one was loaded.
     """
 
     model: "PreTrainedModel | PeftModel"
@@ -126,7 +133,10 @@ def load(
 def model_config(name: str | os.PathLike[str]) -> "PreTrainedConfig":
     """The config of the base model `name`, as `load_base` finds it, without its weights.
 
-    On the hub only the config is fetched. Raises `RequestError` where there is none.
+    On the hub only the config is fetched.
+
+    Raises:
+        RequestError: there is none.
     """
     from transformers import AutoConfig
 

@@ -61,7 +61,7 @@ class Run:
 
 
 def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *, progress: bool = True) -> Run:
-    """Train the adapter that `recipe` describes and write a run folder.
+    """Train the adapter that `recipe` describes and write a run folder; `llm_adapters.train` also measures its tasks.
 
     Everything that can be wrong with the request is found before anything is written. If `output` holds an interrupted
     run of the same recipe, it goes on from its last checkpoint and ends as if it had never stopped.
