@@ -72,7 +72,7 @@ def step(spec: dict) -> dict:
                 stack.enter_context(mock.patch(target, replacement))
         fast = stack.enter_context(FastPaths(model, on=at >= 2))
         limit = 2688 if at >= NAMES.index("packs of 2,688 tokens") else 1024
-        collator = Collator(tokenizer.pad_token_id, packed=fast.packs, tokens=limit)
+        collator = Collator(tokenizer.pad_token_id, packed=fast.packs, micro_batch_tokens=limit)
         for start in range(0, len(examples), batch):
             chosen = examples[start : start + batch]
             times.append(time.perf_counter())
@@ -85,7 +85,7 @@ def step(spec: dict) -> dict:
                     share = (inputs["labels"][:, 1:] != -100).sum() / labels
                     (model(**inputs).loss * share).backward()
             else:
-                for micro in collator.cut(chosen):
+                for micro in collator.make_micro_batches(chosen):
                     (model(**micro.arguments())["loss"] / labels).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -11,12 +11,12 @@ from llm_adapters._registration import register_with_peft
 from llm_adapters._version import __version__
 
 if TYPE_CHECKING:
+    from llm_adapters.api import train as train
     from llm_adapters.bottleneck import BottleneckConfig as BottleneckConfig
     from llm_adapters.evaluation import evaluate as evaluate
     from llm_adapters.fusion import FusionConfig as FusionConfig
     from llm_adapters.models import load as load
     from llm_adapters.training import Recipe as Recipe
-    from llm_adapters.training import train as train
 
 _PUBLIC = {
     "BottleneckConfig": "llm_adapters.bottleneck",
@@ -24,7 +24,7 @@ _PUBLIC = {
     "Recipe": "llm_adapters.training",
     "evaluate": "llm_adapters.evaluation",
     "load": "llm_adapters.models",
-    "train": "llm_adapters.training",
+    "train": "llm_adapters.api",
 }
 
 __all__ = ["BottleneckConfig", "FusionConfig", "Recipe", "__version__", "evaluate", "load", "train"]

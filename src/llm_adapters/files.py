@@ -1,20 +1,32 @@
-"""Writing files so that a reader never meets half of one (temporary name, flush, rename), and where the cache is."""
+"""Files and folders that a reader never finds half written (temporary name, flush, rename), and the cache."""
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
+
+from llm_adapters.errors import RequestError, first_line
+
+COMPLETE = "complete.json"
+# Earlier versions: converted models had the same document under another name, checkpoints an empty file.
+_EARLIER_DOCUMENT, _EARLIER_FLAG = "conversion.json", "complete"
 
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
-    On any error the temporary file is removed and `path` is left as it was. `mode` is ``"w"`` (UTF-8 text, newlines
-    written as given) or ``"wb"``.
+    On any error the temporary file is removed and `path` is left as it was.
+
+    Args:
+        path: the file to write; its folder is made if need be.
+        mode: ``"w"`` (UTF-8 text, newlines written as given) or ``"wb"``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,14 +37,86 @@ def atomic(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a run folder is to be shared
+        os.chmod(temporary, _shared_mode(0o666))
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill; on success flush its files to disk and rename it to `path`.
+
+    On any error the temporary folder is removed and `path` is left as it was.
+
+    Args:
+        path: the folder to write; nothing is there yet, or an empty folder.
+        replace: replace whatever folder is at `path`, unless it is marked complete: then another process was faster,
+            and its folder stays.
+
+    Raises:
+        OSError: the folder cannot be written, or `path` is not empty and not to be replaced.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(_shared_mode(0o777))
+        if replace and is_complete(target):
+            return
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
+        elif target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mark_complete(folder: Path, ignore: str = "", **about: Any) -> None:
+    """Flush the files in `folder` to disk, then write there that it is complete.
+
+    Args:
+        folder: nothing is written to it afterwards.
+        ignore: pattern of names of files that do not count.
+        about: kept in the mark, beside the size of each file.
+    """
+    _flush(folder)
+    sizes = {
+        str(file.relative_to(folder)): file.stat().st_size for file in _files(folder) if not fnmatch(file.name, ignore)
+    }
+    write_json(folder / COMPLETE, {**about, "sizes": sizes})
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell if `folder` was marked complete, also by an earlier version, and each of its files still has its size."""
+    marker = next((folder / name for name in (COMPLETE, _EARLIER_DOCUMENT) if (folder / name).is_file()), None)
+    if marker is None:
+        return (folder / _EARLIER_FLAG).is_file()
+    try:
+        sizes = read_json(marker)["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (RequestError, OSError, KeyError, AttributeError):
+        return False
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read the JSON object in `file`.
+
+    Raises:
+        RequestError: the file is missing, cannot be read or holds something else.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{str(file)!r} cannot be read ({first_line(error)}).") from None
+    if not isinstance(document, dict):
+        raise RequestError(f"{str(file)!r} does not hold a JSON object.")
+    return document
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -46,8 +130,31 @@ def write_json(path: str | os.PathLike[str], document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def file_digest(file: Path) -> str:
+    """SHA-256 of the file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def cache_folder(part: str) -> Path:
-    """Where `part` of what can be had again is kept: in ``$LLM_ADAPTERS_CACHE``, or the platform's cache folder."""
+    """Folder for a `part` of what can be made or fetched again: in ``$LLM_ADAPTERS_CACHE`` or the platform's cache."""
     import pooch
 
     return Path(os.environ.get("LLM_ADAPTERS_CACHE") or pooch.os_cache("llm-adapters")).expanduser() / part
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _flush(folder: Path) -> None:
+    for file in _files(folder):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _shared_mode(mode: int) -> int:
+    """`mode` less the process's umask: tempfile makes private files, and a run folder is to be shared."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask

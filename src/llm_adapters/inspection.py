@@ -1,4 +1,4 @@
-"""What an adapter would do to a model, without loading its weights: where, how many parameters, how much memory."""
+"""A look at what an adapter would do to a model, without its weights: where, how many parameters, how much memory."""
 
 import os
 import warnings
@@ -14,7 +14,7 @@ ADAM_STATES = 2  # AdamW keeps two numbers per trained parameter, in float32 lik
 
 @dataclass(frozen=True)
 class Inspection:
-    """Where adapters would go on a model and what they would cost.
+    """Places where adapters would go on a model, and what they would cost.
 
     Attributes:
         model: the name that was asked for.

@@ -37,8 +37,8 @@ UNPACKED = {
 }
 
 
-def fast_loss(fast: FastPaths, chosen: list, **cut: object) -> torch.Tensor:
-    micro_batches = Collator(0, fast.packs, **cut).cut(chosen)
+def fast_loss(fast: FastPaths, chosen: list, **limits: object) -> torch.Tensor:
+    micro_batches = Collator(0, fast.packs, **limits).make_micro_batches(chosen)
     return sum((fast.model(**micro.arguments())["loss"] for micro in micro_batches), torch.zeros(()))
 
 
@@ -70,13 +70,15 @@ def test_what_is_on_and_why_the_rest_is_not(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", NAMED)
-@pytest.mark.parametrize("cut", [{"most": 1}, {"most": 4}, {"most": 16}, {"tokens": 30}, {"tokens": 1}])
-def test_the_cut_into_micro_batches_changes_nothing(family: str, cut: dict) -> None:
+@pytest.mark.parametrize(
+    "limits", [*({"micro_batch_size": n} for n in (1, 4, 16)), *({"micro_batch_tokens": n} for n in (30, 1))]
+)
+def test_the_division_into_micro_batches_changes_nothing(family: str, limits: dict) -> None:
     model = adapted(family, "lora").train()
     chosen = examples(16)
     expected = plain_loss(model, chosen)
     with FastPaths(model) as fast:
-        torch.testing.assert_close(fast_loss(fast, chosen, **cut), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fast_loss(fast, chosen, **limits), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("family", NAMED)
@@ -85,10 +87,12 @@ def test_packed_is_padded_and_a_shared_prefix_is_one_of_each(family: str) -> Non
     alike, different = examples(6, shared=9), examples(6, shared=0)
     with FastPaths(model) as fast:
         for chosen in (alike, different):
-            padded = sum(fast.model(**m.arguments())["loss"] for m in Collator(0, packed=False).cut(chosen))
+            padded = sum(
+                fast.model(**m.arguments())["loss"] for m in Collator(0, packed=False).make_micro_batches(chosen)
+            )
             torch.testing.assert_close(fast_loss(fast, chosen), padded, rtol=1e-5, atol=0)
         if fast.packs:
-            (micro,) = Collator(0).cut(alike)
+            (micro,) = Collator(0).make_micro_batches(alike)
             assert micro.pack is not None
             assert micro.pack.prefix >= 9
             assert micro.pack.end == micro.tokens - 5 * micro.pack.prefix
@@ -111,7 +115,7 @@ def test_long_and_short_segments_of_one_pack(
     expected = gradients(model, plain)
     attentions = [m for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)]
     with FastPaths(model) as fast:
-        (micro,) = Collator(0).cut(chosen)
+        (micro,) = Collator(0).make_micro_batches(chosen)
         assert micro.pack is not None
         assert micro.pack.prefix == shared
         assert len(micro.pack.bands) > 1
@@ -142,7 +146,7 @@ def test_no_token_sees_another_segment() -> None:
     other[2] = examples(4, seed=9)[2]
     other[2].input_ids[:6] = one[2].input_ids[:6]
     with FastPaths(model) as fast, torch.no_grad():
-        packs = [Collator(0).cut(chosen)[0].pack for chosen in (one, other)]
+        packs = [Collator(0).make_micro_batches(chosen)[0].pack for chosen in (one, other)]
         hidden = [fast.hidden_states(pack)[0] for pack in packs]
     start = packs[0].starts
     places = [i for i, length in enumerate(packs[0].lengths) if length != len(one[2].input_ids) - packs[0].prefix]

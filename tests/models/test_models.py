@@ -12,11 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from llm_adapters import checkpoints
-from llm_adapters.checkpoints import fingerprint
 from llm_adapters.errors import RequestError
-from llm_adapters.models import load, load_base, model_config, sources
+from llm_adapters.models import fingerprints, load, load_base, model_config, sources
 from llm_adapters.models import loading as models
+from llm_adapters.models.fingerprints import base_fingerprint as fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +107,7 @@ def test_shards_and_pickled_weights_load_too(tmp_path, folder):
     shards = tmp_path / "shards"
     model.save_pretrained(shards, max_shard_size="40KB")
     tiny_tokenizer().save_pretrained(shards)
-    assert len(checkpoints.weight_files(shards)) > 1
+    assert len(sources.weight_files(shards)) > 1
     assert torch.equal(logits(load_base(shards).model), expected)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -316,7 +315,7 @@ def test_the_real_model_knows_what_it_should():
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_files(folder, tmp_path):
     expected = fingerprint(folder)
     tiny_model("llama").save_pretrained(tmp_path / "shards", max_shard_size="40KB")
-    assert len(checkpoints.weight_files(tmp_path / "shards")) > 1
+    assert len(sources.weight_files(tmp_path / "shards")) > 1
     assert fingerprint(tmp_path / "shards") == expected
     assert fingerprint(save_tiny(tmp_path / "other", seed=1)) != expected
 
@@ -338,7 +337,7 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(folder, tmp_path, mo
     memory = tmp_path / "cache" / "fingerprints.json"
     expected = fingerprint(folder, memory)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_weights_digest", None)
+        patch.setattr(fingerprints, "_weights_digest", None)
         assert fingerprint(folder, memory) == expected
     memory.write_text("not json")
     assert fingerprint(folder, memory) == expected
@@ -406,7 +405,7 @@ def test_a_run_whose_base_is_gone_says_how_to_go_on(folder, tmp_path):
     save_run(folder, tmp_path / "run")
     moved = Path(shutil.move(folder, tmp_path / "moved"))
     with pytest.raises(
-        RequestError, match=r"base model of .*run.* is not to be had: there is no folder .*base.*as its"
+        RequestError, match=r"base model of .*run.* is not available: there is no folder .*base.*as its"
     ):
         load(tmp_path / "run")
     assert load(moved, tmp_path / "run" / "adapter").name == str(moved)

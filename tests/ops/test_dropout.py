@@ -93,4 +93,4 @@ def _loss(model: object) -> torch.Tensor:
 
 
 def _packed(model: object) -> torch.Tensor:
-    return sum(model(**micro.arguments())["loss"] for micro in Collator(0).cut(examples(3)))
+    return sum(model(**micro.arguments())["loss"] for micro in Collator(0).make_micro_batches(examples(3)))

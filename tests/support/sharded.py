@@ -31,7 +31,7 @@ def adapted() -> peft.PeftModel:
 def loss(model: torch.nn.Module, fast: FastPaths, examples: list[Encoded], labels: int) -> torch.Tensor:
     """Their share of the mean loss over so many labels; its gradient is left in the model."""
     total = torch.zeros(())
-    for micro in Collator(0, packed=fast.packs).cut(examples):
+    for micro in Collator(0, packed=fast.packs).make_micro_batches(examples):
         part = model(**micro.arguments())["loss"] / labels
         part.backward()
         total += part.detach()

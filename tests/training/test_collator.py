@@ -1,83 +1,19 @@
-"""Encoding, the validation split, padding and the order of the data."""
+"""Micro-batches, packed and padded, and the order of the data."""
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
 
-from llm_adapters.errors import RequestError
 from llm_adapters.fast_paths import split
-from llm_adapters.tasks.examples import Example
 from llm_adapters.tasks.templates import Encoded
-from llm_adapters.training.collator import Collator, Shuffle, prepare
-from llm_adapters.training.recipe import DataSettings
-
-EXAMPLES = [Example(question=f"What is {n} plus {n}?", response="so " * n + f"{2 * n}") for n in range(1, 21)]
-
-
-def settings(**values: object) -> DataSettings:
-    return DataSettings(**{"template": "plain", "max_length": 512, **values})  # type: ignore[arg-type]
-
-
-def test_every_example_ends_and_only_the_response_is_labelled() -> None:
-    data = prepare(EXAMPLES, tiny_tokenizer(), settings(), seed=1)
-    assert len(data.train) == 20
-    for encoded in data.train:
-        assert encoded.input_ids[-1] == tiny_tokenizer().eos_token_id
-        assert encoded.labels[-1] == encoded.input_ids[-1]
-        assert set(encoded.labels[: encoded.prompt_length]) == {-100}
-
-
-def test_the_seed_decides_the_order_and_the_limit_comes_after_the_shuffle() -> None:
-    one, same, other = (prepare(EXAMPLES, tiny_tokenizer(), settings(limit=5), seed=s) for s in (1, 1, 2))
-    assert one.questions == same.questions != other.questions
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert len(one.questions) == 5
-    assert one.questions != [e.question for e in EXAMPLES[:5]]
-
-
-@pytest.mark.parametrize(("validation", "held_out"), [(4, 4), (0.25, 5), (0, 0)])
-def test_the_validation_split_shares_nothing_with_training(validation: float, held_out: int) -> None:
-    data = prepare(EXAMPLES, tiny_tokenizer(), settings(validation=validation), seed=1)
-    assert len(data.validation) == held_out
-    assert len(data.train) == 20 - held_out
-    train, validated = ({tuple(e.input_ids) for e in part} for part in (data.train, data.validation))
-    assert not train & validated
-
-
-def test_too_long_examples_are_dropped_cut_or_refused_as_asked() -> None:
-    tokenizer = tiny_tokenizer()
-    lengths = sorted(len(e.input_ids) for e in prepare(EXAMPLES, tokenizer, settings(), seed=1).train)
-    limit = lengths[9]
-    longer = sum(length > limit for length in lengths)
-    assert longer
-    dropped = prepare(EXAMPLES, tokenizer, settings(max_length=limit), seed=1)
-    assert (dropped.dropped, len(dropped.train)) == (longer, 20 - longer)
-    cut = prepare(EXAMPLES, tokenizer, settings(max_length=limit, too_long="cut"), seed=1)
-    assert (cut.cut, len(cut.train)) == (longer, 20)
-    assert max(len(e.input_ids) for e in cut.train) == limit
-    with pytest.raises(RequestError, match=rf"tokens, data\.max_length is {limit}"):
-        prepare(EXAMPLES, tokenizer, settings(max_length=limit, too_long="error"), seed=1)
-
-
-def test_what_leaves_nothing_to_train_on_is_an_error() -> None:
-    with pytest.raises(RequestError, match=r"all 20 are longer than data\.max_length, 5"):
-        prepare(EXAMPLES, tiny_tokenizer(), settings(max_length=5), seed=1)
-    with pytest.raises(RequestError, match="the validation split takes 20 of 20"):
-        prepare(EXAMPLES, tiny_tokenizer(), settings(validation=20), seed=1)
-    with pytest.raises(RequestError, match="leaves none"):
-        prepare(EXAMPLES, tiny_tokenizer(), settings(validation=0.001), seed=1)
-    with pytest.raises(RequestError, match="at most 64 tokens"):
-        prepare(EXAMPLES, tiny_tokenizer(), settings(max_length=65), seed=1, context=64)
-
+from llm_adapters.training.collator import Collator, Shuffle
 
 SHORT, LONG = Encoded([5, 6], [5, 6], 0), Encoded([7, 8, 9], [-100, 8, 9], 1)
 
 
 def test_padded_rows_are_padded_on_the_right_and_no_first_token_is_a_label() -> None:
-    (micro,) = Collator(0, packed=False).cut([SHORT, LONG])
+    (micro,) = Collator(0, packed=False).make_micro_batches([SHORT, LONG])
     assert {name: rows.tolist() for name, rows in micro.inputs.items()} == {
         "input_ids": [[7, 8, 9], [5, 6, 0]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
@@ -90,7 +26,7 @@ def test_padded_rows_are_padded_on_the_right_and_no_first_token_is_a_label() -> 
 def test_a_pack_holds_the_common_beginning_once() -> None:
     one = Encoded([7, 7, 7, 1, 2], [-100, -100, -100, -100, 2], 4)
     other = Encoded([7, 7, 7, 3], [-100, -100, -100, 3], 3)
-    (micro,) = Collator(0).cut([other, one])
+    (micro,) = Collator(0).make_micro_batches([other, one])
     assert micro.pack is not None
     # The last of the three predicts a label of the second example, so that it is not shared.
     assert micro.pack.prefix == 2
@@ -103,7 +39,7 @@ def test_a_pack_holds_the_common_beginning_once() -> None:
 
 def test_where_the_prompt_is_labelled_nothing_is_shared() -> None:
     one, other = Encoded([7, 7, 1], [7, 7, 1], 2), Encoded([7, 7, 2], [7, 7, 2], 2)
-    (micro,) = Collator(0).cut([one, other])
+    (micro,) = Collator(0).make_micro_batches([one, other])
     assert micro.pack is not None
     assert micro.pack.prefix == 0
     assert micro.targets.tolist() == [7, 1, 7, 2]

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from llm_adapters.checkpoints import read_json
+from llm_adapters.files import read_json
 
 TRAIN = "import sys, llm_adapters; llm_adapters.train(sys.argv[1], sys.argv[2], progress=False)"
 

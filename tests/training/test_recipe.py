@@ -8,7 +8,7 @@ from tiny import tiny_model
 from llm_adapters import methods
 from llm_adapters.bottleneck import placements
 from llm_adapters.errors import RequestError
-from llm_adapters.training.recipe import Recipe, load_recipe
+from llm_adapters.training.recipe import Recipe, load_recipe, upgraded_options
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # linear layers per decoder layer that the paper's recipes adapt
@@ -48,6 +48,40 @@ def test_what_is_wrong_is_named(document: dict[str, object], names: str) -> None
     with pytest.raises(RequestError, match=names) as error:
         load_recipe(document)
     assert "\n" not in str(error.value)
+
+
+def test_the_names_of_earlier_versions_are_taken() -> None:
+    document = {"training": {"accelerate": False}, "data": {"too_long": "cut"}}
+    with pytest.warns(
+        DeprecationWarning, match=r"training\.accelerate is deprecated: write training\.fast_paths"
+    ) as told:
+        recipe = load_recipe(document)
+    assert told[0].filename == __file__  # Python shows deprecations of a user's own line alone
+    assert (recipe.training.fast_paths, recipe.data.too_long) == (False, "truncate")
+    assert document == {"training": {"accelerate": False}, "data": {"too_long": "cut"}}
+    assert load_recipe(recipe.to_dict()) == recipe
+    with pytest.raises(RequestError, match=r"training\.accelerate is the former name of training\.fast_paths"):
+        load_recipe({"training": {"accelerate": True, "fast_paths": True}})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--training.accelerate", "false"], ["--training.fast_paths", "false"]),
+        (["--training.accelerate=false"], ["--training.fast_paths=false"]),
+        (["--data.too_long", "cut", "cut"], ["--data.too_long", "truncate", "cut"]),
+        (["--data.too_long=cut"], ["--data.too_long=truncate"]),
+        (["r.yaml", "--training.accelerated", "--training.epochs", "1"],) * 2,
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_options_of_earlier_versions_are_taken(words: list[str], expected: list[str]) -> None:
+    assert upgraded_options(words) == expected
+
+
+def test_an_option_under_both_names_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"give training\.fast_paths alone"):
+        upgraded_options(["--training.fast_paths", "true", "--training.accelerate", "false"])
 
 
 def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.training import Interrupted, train
+from llm_adapters.runs import RunFolder
+from llm_adapters.training import Interrupted, checkpoints, train
 from llm_adapters.training.recipe import load_recipe
 
 
@@ -85,7 +87,7 @@ def test_the_run_folder_says_what_ran(models: dict[str, Path], tmp_path: Path) -
     assert manifest["adapter"]["trainable_parameters"] == 2 * (32 * 8 + 8 * 32)
     assert manifest["seed"] == 42
     assert manifest["tokens_per_second"] > 0
-    assert manifest["acceleration"]["packing"] == manifest["acceleration"]["fused head"] == "on"
+    assert manifest["fast_paths"]["packing"] == manifest["fast_paths"]["fused head"] == "on"
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert log == run.log
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
@@ -148,13 +150,41 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     ]
 
 
-def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(models: dict[str, Path], tmp_path: Path) -> None:
-    from llm_adapters.training.trainer import complete_checkpoint
+def test_a_run_that_an_earlier_version_began_goes_on(models: dict[str, Path], tmp_path: Path) -> None:
+    document = small(models["llama"], training={"epochs": 2})
+    recipe = load_recipe(document)
+    written = recipe.to_dict()
+    written["model"]["dtype"] = "float32"
+    written["training"]["accelerate"] = written["training"].pop("fast_paths")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(written))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # nobody can change what is written
+        run = train(recipe, tmp_path / "run", progress=False)
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["training"]["fast_paths"] is True
+    other = dict(document, training=document["training"] | {"fast_paths": False})
+    (run.folder / "manifest.json").unlink()
+    with pytest.raises(RequestError, match="already holds another run"):
+        train(other, run.folder, progress=False)
 
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "complete").touch()
-    (tmp_path / "checkpoint-10").mkdir()
-    assert complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+def test_progress_bars_of_transformers_are_as_before(models: dict[str, Path], tmp_path: Path) -> None:
+    from transformers.utils import logging
+
+    assert logging.is_progress_bar_enabled()
+    train(small(models["llama"]), tmp_path / "run", progress=False)
+    assert logging.is_progress_bar_enabled()
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for step in (2, 9, 10):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "optimizer.pt").write_bytes(b"state")
+    checkpoints.complete(run, 2)
+    checkpoints.complete(run, 9)
+    (run.checkpoint(9) / "optimizer.pt").write_bytes(b"sta")
+    assert run.resume_point() == run.checkpoint(2)
 
 
 def test_early_stopping_and_the_best_adapter(models: dict[str, Path], tmp_path: Path) -> None:

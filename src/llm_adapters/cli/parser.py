@@ -80,8 +80,9 @@ def _arguments(function: Verb, words: list[str], verb: str) -> dict[str, Any]:
     if recipe is None:
         found = _parse(_parser(verb, function, typing.get_type_hints(function)), words, verb)
         return {name: _plain(found[name]) for name in parameters}
-    from llm_adapters.training.recipe import Recipe, load_recipe
+    from llm_adapters.training.recipe import Recipe, load_recipe, upgraded_options
 
+    words = upgraded_options(words)
     parser = _parser(verb, function, typing.get_type_hints(function, localns={"Recipe": Recipe}))
     found = _parse(parser, words, verb)
     if found.recipe_file is not None:

@@ -15,25 +15,14 @@ def train(recipe: "Recipe", *, output: Path, json: bool = False) -> None:
         output: the run folder.
         json: print the manifest as one JSON document on stdout.
     """
-    from llm_adapters import evaluation, training
+    from llm_adapters import api
     from llm_adapters.cli import tables
 
-    run = training.train(recipe, output)
-    document = run.manifest
-    if not json:
-        tables.show_run(run)
-    if recipe.evaluation.tasks:
-        wanted = recipe.evaluation
-        result = evaluation.evaluate(
-            output,
-            tasks=wanted.tasks,
-            limit=wanted.limit,
-            protocol=wanted.protocol,
-            max_new_tokens=wanted.max_new_tokens,
-            batch_size=wanted.batch_size,
-        )
-        document = document | {"evaluation": result.to_dict()}
-        if not json:
-            tables.show_evaluation(result)
+    run = api.train(recipe, output)
     if json:
-        tables.print_json(document)
+        measured = {"evaluation": run.evaluation.to_dict()} if run.evaluation else {}
+        tables.print_json({**run.manifest, **measured})
+        return
+    tables.show_run(run)
+    if run.evaluation:
+        tables.show_evaluation(run.evaluation)

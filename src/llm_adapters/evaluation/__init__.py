@@ -8,3 +8,4 @@ from llm_adapters.evaluation.results import read_evaluation as read_evaluation
 from llm_adapters.evaluation.results import rescore as rescore
 from llm_adapters.evaluation.results import spread_evaluations as spread_evaluations
 from llm_adapters.evaluation.runner import evaluate as evaluate
+from llm_adapters.evaluation.runner import load_questions as load_questions

@@ -1,4 +1,4 @@
-"""How an evaluation shows on stderr: questions done, accuracy so far, tokens per second, time left; warnings in red."""
+"""Progress of an evaluation on stderr: questions done, accuracy, tokens per second, time left; warnings in red."""
 
 import sys
 import time
@@ -58,7 +58,7 @@ class EvaluationProgress:
         rate = f", {self._tokens / self._seconds:.0f} tokens/s" if self._seconds else ""
         score = f"{self._correct / self._done:.1%} right{rate}"
         self._bar.update(self._row, advance=1, score=score)
-        due = time.monotonic() - self._last > self.SECONDS_BETWEEN_LINES or self._done == self._total
-        if self._shown and not self._terminal and due:
+        time_for_line = time.monotonic() - self._last > self.SECONDS_BETWEEN_LINES or self._done == self._total
+        if self._shown and not self._terminal and time_for_line:
             self._last = time.monotonic()
             print(f"{self._name}: {self._done} of {self._total}, {score}", file=sys.stderr, flush=True)

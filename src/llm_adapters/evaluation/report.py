@@ -50,9 +50,10 @@ def render(evaluation: Evaluation) -> str:
 
 
 def write_report(folder: Path, protocol: str = "default") -> Path:
-    """Write ``errors.html`` beside the records in `folder` (or in its ``eval/<protocol>``); the file's path.
+    """Write ``errors.html`` beside the records in `folder` (a run's, or that of results) and return its path.
 
-    Raises `RequestError` where there are no results.
+    Raises:
+        RequestError: there are no results.
     """
     evaluation = read_evaluation(Path(folder), protocol)
     assert evaluation.folder is not None

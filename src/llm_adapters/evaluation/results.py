@@ -1,4 +1,4 @@
-"""What an evaluation found: scores with intervals, the records behind them, and the folder where both are kept."""
+"""Results of an evaluation: scores with intervals, the records behind them, and the folder where both are kept."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_adapters.checkpoints import read_json
 from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.protocols import get_protocol
 from llm_adapters.evaluation.records import Record, read_records, write_records
 from llm_adapters.evaluation.statistics import Comparison, Spread, compare, spread, wilson
-from llm_adapters.files import write_json
+from llm_adapters.files import read_json, write_json
+from llm_adapters.runs import RunFolder
 
 SUMMARY = "summary.json"
 
@@ -20,10 +20,21 @@ SUMMARY = "summary.json"
 class TaskResult:
     """The score of one task.
 
-    `accuracy` (0 to 1) is `correct` of `total`, with `interval`, its 95 % Wilson interval. `unanswered` outputs held no
-    answer, `unfinished` ones met the limit, `skipped` prompts were too long to be asked; all of these are in the total.
-    `tokens` were generated in `seconds`, `batch_size` questions at once. `seen` questions are in the training data
-    (None: not known), and `unseen` is the score of the others alone. `invariance` is what `check_invariance` found.
+    Attributes:
+        accuracy: `correct` of `total`, 0 to 1.
+        interval: its 95 % Wilson interval, (low, high).
+        correct: number of right answers.
+        total: number of questions; the unanswered, unfinished and skipped ones are among them.
+        kind: the kind of answer.
+        unanswered: outputs without an answer.
+        unfinished: outputs that met the limit of new tokens.
+        skipped: prompts that were too long for the model.
+        tokens: tokens generated.
+        seconds: time that they took.
+        batch_size: questions answered at once.
+        seen: questions that are in the training data; None where that is not known.
+        unseen: the score of the others alone.
+        invariance: what `check_invariance` found.
     """
 
     accuracy: float
@@ -59,9 +70,13 @@ class TaskResult:
 
 @dataclass
 class Evaluation:
-    """Scores by task, the `records` behind them, and in `about` how they were measured (model, protocol, versions ...).
+    """Scores by task and the records behind them.
 
-    `folder` is where they are kept, None if nowhere.
+    Attributes:
+        tasks: the score of each task.
+        records: the records of each task.
+        about: how they were measured: model, protocol, template, precision, versions, ...
+        folder: where they are kept; None if nowhere.
     """
 
     tasks: dict[str, TaskResult]
@@ -117,17 +132,22 @@ def _score(correct: int, total: int) -> dict[str, Any]:
 
 
 def find(folder: Path, protocol: str = "default") -> Path:
-    """The folder that holds the results: `folder` or its ``eval/<protocol>``; `RequestError` where neither does."""
-    for place in (folder, folder / "eval" / protocol):
+    """Folder with the results: `folder` itself or, where it is a run's, that of the protocol.
+
+    Raises:
+        RequestError: neither holds results.
+    """
+    for place in (folder, RunFolder(folder).evaluation(protocol)):
         if (place / SUMMARY).is_file():
             return place
     raise RequestError(f"{str(folder)!r} holds no results of the protocol {protocol!r}: no {SUMMARY}. Evaluate first.")
 
 
 def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:
-    """The evaluation that was written to `folder`, or to its ``eval/<protocol>``.
+    """Read the evaluation that was written to `folder` or, where it is a run's, under the protocol.
 
-    Raises `RequestError` where there is none, or where its files do not fit each other.
+    Raises:
+        RequestError: there is none, or its files do not fit each other.
     """
     place = find(Path(folder), protocol)
     about = read_json(place / SUMMARY)
@@ -150,7 +170,7 @@ def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:
 
 
 def rescore(folder: Path, protocol: str) -> Evaluation:
-    """Read the answers in the records of `folder` anew, under the rules of another protocol, without the model.
+    """Read the answers in the records of `folder` again, under the rules of another protocol, without the model.
 
     Only the extraction is the other protocol's: prompts and outputs stay what they are, and the summary says so. The
     results are written to ``rescored/<protocol>/`` beside the records.
@@ -176,7 +196,8 @@ def rescore(folder: Path, protocol: str) -> Evaluation:
 def spread_evaluations(folders: Sequence[Path | Evaluation], protocol: str = "default") -> dict[str, Spread]:
     """Mean and spread of the accuracy over evaluations of the same recipe with several seeds, for each task.
 
-    Raises `RequestError` where there are fewer than two, or where they did not measure the same questions.
+    Raises:
+        RequestError: there are fewer than two, or they did not measure the same questions.
     """
     found = [it if isinstance(it, Evaluation) else read_evaluation(Path(it), protocol) for it in folders]
     if len(found) < 2:
@@ -217,8 +238,10 @@ class TaskComparison:
 def compare_evaluations(first: Path | Evaluation, second: Path | Evaluation) -> dict[str, TaskComparison]:
     """Compare two evaluations, or the folders that hold them, on every task that both measured.
 
-    Where one measured more questions of a task than the other, the questions of both are compared. Raises
-    `RequestError` where they share no task, or where the same place in a task holds another question.
+    Where one measured more questions of a task than the other, the questions of both are compared.
+
+    Raises:
+        RequestError: they share no task, or the question of a number in a task is not the same in both.
     """
     one, two = (it if isinstance(it, Evaluation) else read_evaluation(Path(it)) for it in (first, second))
     shared = [name for name in one.records if name in two.records]

@@ -4,16 +4,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm_adapters._version import __version__
-from llm_adapters.checkpoints import read_json
 from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
@@ -21,6 +17,8 @@ from llm_adapters.evaluation.records import Journal, Record, score
 from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, load
+from llm_adapters.models.fingerprints import versions
+from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
 from llm_adapters.tasks.examples import Example, Task
@@ -47,7 +45,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a run, an adapter on a base model, or a bare base model on `tasks`.
 
-    `run_or_model` and `adapter` are what `llm_adapters.models.load` takes, or a model that it returned. `tasks` are
+    `run_or_model` and `adapter` are what `llm_adapters.models.load` takes (the `Run` that `train` returned is a path
+    too), or a model that it returned. `tasks` are
     names of the catalogue or paths of task files; `limit` takes the first so many questions of each. `protocol` is
     ``"default"``, ``"strict"`` or ``"paper"``. `template` None uses the one that the adapter was trained with, or
     ``alpaca`` for a bare model. `batch_size` None chooses one; `max_new_tokens` None is 256.
@@ -60,7 +59,7 @@ def evaluate(
     flip: what batching and the precision do to the score.
 
     Raises `RequestError` for anything wrong with the request, before anything is written, and `WorkError` where data
-    cannot be had or the model computes no numbers.
+    is not available or the model computes no numbers.
     """
     rule = get_protocol(protocol)
     asked, new_tokens = rule.resolve(template, max_new_tokens)
@@ -73,7 +72,7 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise RequestError(f"{what}={value} is too small: give {least} or more.")
-    questions = _load_questions(tasks, limit)
+    questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
         loaded = load(run_or_model, adapter, dtype=dtype, device=device)
     elif adapter is None:
@@ -146,7 +145,13 @@ class _Work:
 # --- before: what was asked for
 
 
-def _load_questions(tasks: Sequence[str], limit: int | None) -> list[tuple[Task, list[Example]]]:
+def load_questions(tasks: Sequence[str], limit: int | None = None) -> list[tuple[Task, list[Example]]]:
+    """Load the questions of `tasks`, the first `limit` of each.
+
+    Raises:
+        RequestError: a task is unknown, is a training set, or none is named.
+        WorkError: the data is not available.
+    """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise RequestError("no tasks to evaluate on: name at least one, such as gsm8k.")
@@ -170,10 +175,10 @@ def _template(asked: str | None, rule: Protocol, loaded: LoadedModel) -> tuple[s
 
 
 def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol: str) -> Path | None:
-    place = Path(output).expanduser() if output is not None else loaded.run
+    place = output if output is not None else loaded.run
     if place is None:
         return None
-    folder = place / "eval" / protocol
+    folder = RunFolder(place).evaluation(protocol)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -182,7 +187,7 @@ def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol
 
 
 def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, Any]:
-    """How the numbers come about: everything of the summary but the numbers."""
+    """Circumstances of the measurement: everything of the summary but the numbers."""
     import torch
 
     return {
@@ -199,11 +204,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
         "precision": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "llm-adapters": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "peft")},
-        },
+        "versions": versions(),
     }
 
 
@@ -329,16 +330,18 @@ def _ask_again(
 
 def _trained_on(loaded: LoadedModel) -> leakage.Fingerprint | None:
     """The questions that the adapter was trained on, from the manifest of its run; None where nothing is known."""
-    run = loaded.run or (loaded.adapter.parent if loaded.adapter else None)
-    if run is None or not (run / "manifest.json").is_file():
+    if loaded.adapter is None:
         return None
-    data = read_json(run / "manifest.json").get("data")
+    run = RunFolder.around(loaded.adapter)  # also where the adapter alone was named
+    if not run.finished:
+        return None
+    data = run.read_manifest().get("data")
     if not isinstance(data, dict) or "questions" not in data:
         return None
     try:
         return leakage.Fingerprint.from_dict(data["questions"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{str(run / 'manifest.json')!r} has no proper fingerprint of its data ({error}).") from None
+        raise RequestError(f"{str(run.manifest)!r} has no proper fingerprint of its data ({error}).") from None
 
 
 def _warnings(results: dict[str, TaskResult]) -> list[str]:

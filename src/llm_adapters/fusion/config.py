@@ -9,9 +9,10 @@ from typing import Any
 
 from peft import PeftConfig
 
+from llm_adapters.adapter_files import ADAPTER_CONFIG, find_adapter
 from llm_adapters.bottleneck.config import AdapterConfig, BottleneckConfig, BottleneckType, names_in
-from llm_adapters.checkpoints import ADAPTER_CONFIG, adapter_weights, read_json
 from llm_adapters.errors import RequestError
+from llm_adapters.files import read_json
 
 
 class FusionType(str, enum.Enum):  # noqa: UP042  PEFT and transformers want a str with `.value`
@@ -67,20 +68,12 @@ class FusionConfig(AdapterConfig):
         if all(isinstance(adapter, dict) for adapter in given):
             self.adapters = list(given)
         elif all(isinstance(adapter, str | os.PathLike) for adapter in given):
-            self.folders = [_adapter_folder(Path(adapter)) for adapter in given]
+            self.folders = [find_adapter(Path(adapter)) for adapter in given]
             self.adapters = [_read(folder) for folder in self.folders]
         else:
             raise RequestError(f"adapters is {given!r}: a list of folders with trained adapters is allowed")
         # In what is frozen, dropout would only be noise.
         self.bottlenecks = [BottleneckConfig(**{**adapter, "bottleneck_dropout": 0.0}) for adapter in self.adapters]
-
-
-def _adapter_folder(folder: Path) -> Path:
-    """The folder of the adapter, which lies inside that of a run."""
-    inside = folder / "adapter"
-    folder = inside if not (folder / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else folder
-    adapter_weights(folder)
-    return folder
 
 
 def _read(folder: Path) -> dict[str, Any]:

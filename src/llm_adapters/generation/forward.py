@@ -56,8 +56,8 @@ def learned_prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def unsupported_reason(fast_paths: FastPaths) -> str | None:
     """Reason why the engine cannot be used; None where it can.
 
-    It is tried (see `fast_paths.trial`): sequences in pieces (the shared prefix, a prompt, one token, two tokens) against
-    the model's own forward over all of each.
+    It is tried (see `fast_paths.trial`): sequences in pieces (the shared prefix, a prompt, one token, two tokens)
+    against the model's own forward over all of each.
     """
     if not fast_paths.packs:
         return fast_paths.report["packing"]

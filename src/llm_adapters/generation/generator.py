@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
+from llm_adapters.models import context_length
 
 if TYPE_CHECKING:
     import torch
@@ -373,10 +374,7 @@ def context_limit(model: "PreTrainedModel") -> int:
     """
     from llm_adapters.fast_paths.routing import prompt_learning
 
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    limit = next((size for name in names if isinstance(size := getattr(config, name, None), int)), 1 << 40)
-    return limit - (getattr(prompt_learning(model), "num_virtual_tokens", None) or 0)
+    return (context_length(model) or 1 << 40) - (getattr(prompt_learning(model), "num_virtual_tokens", None) or 0)
 
 
 def choose_batch_size(

@@ -7,14 +7,12 @@ used, and stay what they are. Everything is checked before a model or a folder i
 """
 
 import pickle
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_adapters.checkpoints import ADAPTER_CONFIG, adapter_weights, first_line, read_json
-from llm_adapters.errors import RequestError, WorkError, unknown
-from llm_adapters.files import atomic, write_json
+from llm_adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights, write_note
+from llm_adapters.errors import RequestError, WorkError, first_line, unknown
+from llm_adapters.files import atomic_folder, read_json, write_json
 from llm_adapters.legacy.checkpoint import Checkpoint
 from llm_adapters.legacy.kinds import KINDS
 
@@ -103,12 +101,12 @@ def _read(folder: Path) -> Checkpoint:
         )
     kind = str(settings.get("peft_type"))
     if kind not in KINDS:
-        raise unknown("peft_type", kind, KINDS, hint=f" It stands in {str(folder / ADAPTER_CONFIG)!r}.")
+        raise unknown("peft_type", kind, KINDS, hint=f" It is in {str(folder / ADAPTER_CONFIG)!r}.")
     return KINDS[kind](folder, settings, _tensors(file))
 
 
 def _tensors(file: Path) -> "dict[str, torch.Tensor]":
-    """What `file` holds, on the CPU, each tensor with memory of its own. No code in the file is run."""
+    """Tensors in `file`, on the CPU, each tensor with memory of its own. No code in the file is run."""
     import torch
     from safetensors.torch import load_file
 
@@ -152,23 +150,15 @@ def _skeleton(name: str) -> "nn.Module":
 def _write(target: Path, config: "PeftConfig", weights: "dict[str, torch.Tensor]", note: dict[str, str]) -> None:
     from safetensors.torch import save
 
-    temporary = None
+    settings = config.to_dict()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        settings = config.to_dict()
-        write_json(temporary / ADAPTER_CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
-        with atomic(temporary / "adapter_model.safetensors", "wb") as stream:
-            stream.write(save({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt"}))
-        write_json(temporary / "llm_adapters.json", {"template": "paper", **note})
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rmdir()  # it was empty; if something has come in since, this fails
-        temporary.rename(target)
+        with atomic_folder(target) as made:
+            plain = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+            write_json(made / ADAPTER_CONFIG, plain)
+            tensors = {key: tensor.contiguous() for key, tensor in weights.items()}
+            (made / ADAPTER_WEIGHTS[0]).write_bytes(save(tensors, {"format": "pt"}))
+            write_note(made, "paper", **note)
     except OSError as error:
         raise WorkError(
             f"the converted adapter could not be written to {str(target)!r} ({first_line(error)})."
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""What the kinds of checkpoints have in common: settings and weights, and how to say what is wrong with them."""
+"""Common base of the kinds of checkpoints: settings and weights, and how to say what is wrong with them."""
 
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.checkpoints import ADAPTER_CONFIG, some
-from llm_adapters.errors import RequestError
+from llm_adapters.adapter_files import ADAPTER_CONFIG
+from llm_adapters.errors import RequestError, some
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Checkpoint(ABC):
         return {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
 
     def error(self, what: str) -> RequestError:
-        """What is wrong with this checkpoint, as a sentence."""
+        """An error that says what is wrong with this checkpoint."""
         return RequestError(f"the checkpoint {str(self.folder)!r} {what}. Nothing was changed.")
 
     def number(self, name: str) -> int:
@@ -65,8 +65,8 @@ class Checkpoint(ABC):
             return default
         infinite = isinstance(value, float) and not math.isfinite(value)
         if not isinstance(value, kinds) or isinstance(value, bool) or infinite:
-            due = " or ".join(kind.__name__ for kind in kinds)
-            raise self.error(f"has {name} = {value!r} in {ADAPTER_CONFIG}, where {due} is due")
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise self.error(f"has {name} = {value!r} in {ADAPTER_CONFIG}, where {expected} is expected")
         return value
 
     def check_keys(self, missing: list[str], unexpected: list[str], where: str = "") -> None:

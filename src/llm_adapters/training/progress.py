@@ -1,4 +1,4 @@
-"""What a person sees while an adapter trains: a bar, the loss, tokens per second and the time left, on stderr."""
+"""Progress of a training for a person: a bar, the loss, tokens per second and the time left, on stderr."""
 
 import sys
 from typing import Any

@@ -1,6 +1,8 @@
 """The recipe: typed dataclasses that are the YAML schema, the command line's options and the record of what ran."""
 
 import dataclasses
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,10 @@ from typing import Any, Literal
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.tasks.answers import ProtocolName
 from llm_adapters.tasks.templates import TemplateName
+
+# Keys and values of earlier versions, and their present names.
+_RENAMED_KEYS = {("training", "accelerate"): "fast_paths"}
+_RENAMED_VALUES = {("data", "too_long"): {"cut": "truncate"}}
 
 
 @dataclass
@@ -42,7 +48,7 @@ class AdapterSettings:
 
 @dataclass
 class DataSettings:
-    """What it is trained on.
+    """The data that it is trained on.
 
     Attributes:
         train: a training set of the catalogue (see `llm-adapters data list`) or a .json, .jsonl, .csv or .parquet file.
@@ -51,7 +57,8 @@ class DataSettings:
         validation: hold out this many examples, or this share if below 1, to measure the loss on.
         template: the prompt template; it travels with the adapter.
         max_length: the longest example, in tokens.
-        too_long: what to do with longer ones: drop them (and say how many), cut them (which loses their end), or error.
+        too_long: what to do with longer ones: drop them (and say how many), truncate them (which loses their end), or
+            error.
         train_on_prompt: whether the prompt's tokens count in the loss too, as in the paper's recipes.
     """
 
@@ -61,13 +68,13 @@ class DataSettings:
     validation: float = 0
     template: TemplateName = "alpaca"
     max_length: int = 512
-    too_long: Literal["drop", "cut", "error"] = "drop"
+    too_long: Literal["drop", "truncate", "error"] = "drop"
     train_on_prompt: bool = False
 
 
 @dataclass
 class TrainingSettings:
-    """How it is trained.
+    """The optimisation.
 
     Attributes:
         epochs: passes over the training data.
@@ -83,7 +90,7 @@ class TrainingSettings:
         max_grad_norm: gradients are scaled down to this norm.
         seed: of the adapter's initial weights, the order of the data and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        accelerate: compute the same with less work, wherever that is possible (the manifest says where).
+        fast_paths: compute the same with less work, wherever that is possible (the manifest says where).
         log_every: steps between lines in log.jsonl.
         evaluate_every: steps between measurements of the validation loss; null for once an epoch.
         save_every: steps between checkpoints to resume from; null for once an epoch.
@@ -104,7 +111,7 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     seed: int = 42
     gradient_checkpointing: bool = False
-    accelerate: bool = True
+    fast_paths: bool = True
     log_every: int = 5
     evaluate_every: int | None = None
     save_every: int | None = None
@@ -115,7 +122,7 @@ class TrainingSettings:
 
 @dataclass
 class EvaluationSettings:
-    """What is measured after training.
+    """The tasks that are measured after training.
 
     Attributes:
         tasks: test sets of the catalogue; none by default.
@@ -203,6 +210,8 @@ class Recipe:
 def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
     """A recipe from a YAML file, from nested mappings, or as it is, with types checked and unknown keys refused.
 
+    What earlier versions called otherwise is taken, with a warning that names the present key.
+
     Raises:
         RequestError: the file is missing or not YAML; a key is unknown or a value has the wrong type.
     """
@@ -228,6 +237,7 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
             document = dict(source)
         if not isinstance(document, dict):
             raise RequestError(f"a recipe is a mapping with the keys {', '.join(Recipe.__dataclass_fields__)}")
+        document = _upgraded(document)
         _check_keys(document)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(Recipe, "recipe")
@@ -237,6 +247,59 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
             raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from error
     recipe.check()
     return recipe
+
+
+def upgraded_options(words: list[str]) -> list[str]:
+    """Options of a command line (``--training.accelerate false``) with what earlier versions called otherwise renamed.
+
+    Raises:
+        RequestError: a key is given under both of its names.
+    """
+    found = list(words)
+    for (section, old), new in _RENAMED_KEYS.items():
+        before, after = f"--{section}.{old}", f"--{section}.{new}"
+        names = [word.partition("=")[0] for word in found]
+        if before in names:
+            _warn_renamed(section, old, new, both=after in names)
+            found = [
+                after + word.removeprefix(before) if name == before else word
+                for name, word in zip(names, found, strict=True)
+            ]
+    for (section, key), values in _RENAMED_VALUES.items():
+        option = f"--{section}.{key}"
+        for at, word in enumerate(found):
+            name, equals, value = word.partition("=")
+            if name == option and equals:
+                found[at] = f"{option}={values.get(value, value)}"
+            elif at and found[at - 1] == option:
+                found[at] = values.get(word, word)
+    return found
+
+
+def _upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """`document`, where what earlier versions called otherwise has its present name."""
+    sections = {
+        section: dict(values) if isinstance(values, Mapping) else values for section, values in document.items()
+    }
+    for (section, old), new in _RENAMED_KEYS.items():
+        values = sections.get(section)
+        if isinstance(values, dict) and old in values:
+            _warn_renamed(section, old, new, both=new in values)
+            values[new] = values.pop(old)
+    for (section, key), renamed in _RENAMED_VALUES.items():
+        values = sections.get(section)
+        if isinstance(values, dict) and isinstance(value := values.get(key), str):
+            values[key] = renamed.get(value, value)
+    return sections
+
+
+def _warn_renamed(section: str, old: str, new: str, both: bool) -> None:
+    if both:
+        raise RequestError(f"{section}.{old} is the former name of {section}.{new}: give {section}.{new} alone")
+    level, frame = 1, sys._getframe()
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "llm_adapters" and frame.f_back:
+        level, frame = level + 1, frame.f_back  # to the user's own line, as Python shows no deprecation in a library's
+    warnings.warn(f"{section}.{old} is deprecated: write {section}.{new}", DeprecationWarning, stacklevel=level)
 
 
 def _check_keys(document: Mapping[str, Any]) -> None:

@@ -1,28 +1,28 @@
-"""`train`: from a recipe to a run folder."""
+"""`train`: from a recipe to a run folder; nothing is measured here."""
 
+import contextlib
 import logging
 import os
-import platform
-import shutil
-import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from llm_adapters import methods
-from llm_adapters._version import __version__
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import write_json, write_text
-from llm_adapters.models import loading as models
+from llm_adapters.models import LoadedModel, context_length, load_base, model_config
+from llm_adapters.models.sources import quiet
+from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
-from llm_adapters.training import collator as batching
+from llm_adapters.training import checkpoints, manifest
+from llm_adapters.training.collator import Collator
+from llm_adapters.training.data import TrainingData, prepare
 from llm_adapters.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What a training run left behind.
+    """Result of a training run; itself the path of its folder (`os.fspath`), to be loaded or evaluated.
 
     Attributes:
         folder: the run folder; `folder / "adapter"` is the adapter in PEFT's format.
@@ -41,6 +41,7 @@ class Run:
         log: the lines of log.jsonl.
         model: the trained model, in eval mode.
         tokenizer: the base model's tokenizer.
+        evaluation: what the recipe's tasks gave (an `Evaluation`), if it names any and they were measured.
     """
 
     folder: Path
@@ -48,15 +49,19 @@ class Run:
     log: list[dict[str, Any]]
     model: "PeftModel" = field(repr=False)
     tokenizer: Any = field(repr=False)
+    evaluation: Any = None
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     @property
     def adapter(self) -> Path:
         """The adapter's folder."""
-        return self.folder / "adapter"
+        return RunFolder(self.folder).adapter
 
 
 def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *, progress: bool = True) -> Run:
-    """Train the adapter that `recipe` describes and write a run folder.
+    """Train the adapter that `recipe` describes and write a run folder; `llm_adapters.train` also measures its tasks.
 
     Everything that can be wrong with the request is found before anything is written. If `output` holds an interrupted
     run of the same recipe, it goes on from its last checkpoint and ends as if it had never stopped.
@@ -72,19 +77,18 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     Raises:
         RequestError: the request is wrong.
         Interrupted: a signal stopped the run after a checkpoint.
-        WorkError: the work failed (a loss that is not finite, data that cannot be had).
+        WorkError: the work failed (a loss that is not finite, data that is not available).
     """
     from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
 
     recipe = load_recipe(recipe)
-    folder = Path(output)
+    folder = RunFolder(output)
     resumes = _check_output(folder, recipe)
-    _check_adapter_options(recipe)
-    models.model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
+    methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
-    base = models.load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
-    data = batching.prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, _context(base.model))
+    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
+    data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
     model = _insert(base.model, config)
@@ -97,22 +101,22 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     resolved = recipe.to_dict()
     resolved["model"]["dtype"] = str(base.dtype).removeprefix("torch.")
     if processes.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        write_text(folder.config, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     processes.wait()
-    transformers_logging.disable_progress_bar()
-    started = time.monotonic()
-    with FastPaths(model, recipe.training.accelerate) as fast:
-        recorder, state = _fit(model, base, data, recipe, folder, resumes, progress, fast.packs)
-    _check_finite(model)
-    model.eval()
-    manifest = _manifest(recipe, base, model, data, recorder, state, time.monotonic() - started, fast.report)
-    if processes.first:
-        save_adapter(model, folder / "adapter", recipe.data.template)
-        write_json(folder / "manifest.json", manifest)  # last: its presence says that the run is finished
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with quiet():
+        started = time.monotonic()
+        with FastPaths(model, recipe.training.fast_paths) as fast:
+            recorder, state = _fit(model, base, data, recipe, folder, resumes, progress, fast.packs)
+        _check_finite(model)
+        model.eval()
+        seconds = time.monotonic() - started
+        document = manifest.describe(recipe, base, model, data, recorder, state, seconds, fast.report)
+        if processes.first:
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
+            write_json(folder.manifest, document)  # last: its presence says that the run is finished
+            checkpoints.prune(folder)
     processes.wait()
-    return Run(folder, manifest, recorder.losses, model, base.tokenizer)
+    return Run(folder.path, document, recorder.losses, model, base.tokenizer)
 
 
 class _Processes:
@@ -132,57 +136,41 @@ class _Processes:
             self._state.wait_for_everyone()
 
 
-def save_adapter(model: "PeftModel", folder: Path, template: str) -> None:
-    """Write the adapter in PEFT's format and, beside it, the prompt template that it was trained with.
+def _check_output(run: RunFolder, recipe: Recipe) -> bool:
+    """Tell if `run` holds an interrupted run of this very recipe.
 
-    Everything is written to a temporary folder, which is then renamed.
+    Raises:
+        RequestError: it holds anything else.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, save_embedding_layers=False)  # the base's are frozen, and not on the hub to ask
-    write_json(temporary / "llm_adapters.json", {"template": template, "llm_adapters": __version__})
-    for file in temporary.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def _check_output(folder: Path, recipe: Recipe) -> bool:
-    """Whether `folder` holds an interrupted run of this very recipe; an error if it holds anything else."""
+    folder = run.path
     if not folder.exists():
         return False
     if not folder.is_dir():
         raise RequestError(f"the output {str(folder)!r} is a file: name a folder")
     if not any(folder.iterdir()):
         return False
-    config = folder / "config.yaml"
-    if not config.is_file():
+    if not run.config.is_file():
         raise RequestError(f"the output folder {str(folder)!r} is not empty: name a new one")
-    if (folder / "manifest.json").exists():
+    if run.finished:
         raise RequestError(f"the output folder {str(folder)!r} already holds a finished run: name a new one")
-    try:
-        before = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        before = None
-    now = recipe.to_dict()
-    if isinstance(before, dict) and isinstance(before.get("model"), dict) and now["model"]["dtype"] == "auto":
-        now["model"]["dtype"] = before["model"].get("dtype")
-    if before != now:
+    if not _is_of(run, recipe):
         raise RequestError(
             f"the output folder {str(folder)!r} already holds another run: name a new one, or give its recipe to go on"
         )
     return True
 
 
-def _check_adapter_options(recipe: Recipe) -> None:
-    """Refuse an unknown method or option before a model is loaded for it."""
-    row = methods.get(recipe.adapter.method)
-    for option in recipe.adapter.options:
-        if option not in row.options:
-            from llm_adapters.errors import unknown
-
-            raise unknown(f"option of {row.name}", option, row.options)
+def _is_of(run: RunFolder, recipe: Recipe) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # an earlier version wrote it, nobody can change that
+            before = load_recipe(run.read_config()).to_dict()
+    except RequestError:
+        return False
+    now = recipe.to_dict()
+    if now["model"]["dtype"] == "auto":
+        now["model"]["dtype"] = before["model"]["dtype"]
+    return before == now
 
 
 def _insert(model: Any, config: Any) -> "PeftModel":
@@ -196,38 +184,29 @@ def _insert(model: Any, config: Any) -> "PeftModel":
         raise RequestError(f"the adapter does not fit the model: {error}") from error
 
 
-def _context(model: Any) -> int | None:
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "max_seq_len")
-    return next((size for name in names if isinstance(size := getattr(config, name, None), int)), None)
-
-
 def _fit(
     model: "PeftModel",
-    base: models.LoadedModel,
-    data: batching.TrainingData,
+    base: LoadedModel,
+    data: TrainingData,
     recipe: Recipe,
-    folder: Path,
+    folder: RunFolder,
     resumes: bool,
     progress: bool,
     packed: bool,
 ) -> tuple[Any, Any]:
     """Run Trainer; returns the recorder and Trainer's final state."""
-    import contextlib
-
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from llm_adapters.training.progress import TrainingProgress
-    from llm_adapters.training.trainer import AdapterTrainer, Recorder, StopOnSignal, complete_checkpoint
+    from llm_adapters.training.trainer import AdapterTrainer, Recorder, StopOnSignal
 
-    checkpoints = folder / "checkpoints"
-    arguments = _arguments(recipe, checkpoints, len(data.train), base.device)
+    arguments = _arguments(recipe, folder.checkpoints, len(data.train), base.device)
     stop = StopOnSignal()
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
-        data_collator=batching.Collator(
+        data_collator=Collator(
             base.tokenizer.pad_token_id,
             packed,
             recipe.training.micro_batch_tokens,
@@ -242,9 +221,9 @@ def _fit(
     trainer.remove_callback(ProgressCallback)
     if recipe.training.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
-    checkpoint = complete_checkpoint(checkpoints) if resumes else None
+    checkpoint = folder.resume_point() if resumes else None
     if resumes and checkpoint is None and trainer.is_world_process_zero():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.prune(folder)
     if checkpoint:
         logger.warning("going on from %s", checkpoint.name)
     display = TrainingProgress(_steps(recipe, len(data.train))) if progress else None
@@ -270,7 +249,7 @@ def _steps(recipe: Recipe, examples: int) -> int:
     )
 
 
-def _arguments(recipe: Recipe, checkpoints: Path, examples: int, device: Any) -> Any:
+def _arguments(recipe: Recipe, output: Path, examples: int, device: Any) -> Any:
     from transformers import TrainingArguments
 
     t = recipe.training
@@ -282,7 +261,7 @@ def _arguments(recipe: Recipe, checkpoints: Path, examples: int, device: Any) ->
     # Keeping the best adapter means having saved it, so that both then happen at the same steps.
     save_every = evaluate_every if t.keep_best or t.early_stopping else t.save_every or per_epoch
     return TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(output),
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
         per_device_train_batch_size=t.batch_size // world,
@@ -319,66 +298,3 @@ def _check_finite(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise WorkError(f"the adapter's weight {name} is not finite after training: lower training.learning_rate")
-
-
-def _manifest(
-    recipe: Recipe,
-    base: models.LoadedModel,
-    model: Any,
-    data: batching.TrainingData,
-    recorder: Any,
-    state: Any,
-    seconds: float,
-    acceleration: dict[str, str],
-) -> dict[str, Any]:
-    """Everything that tells another person what this run was."""
-    import torch
-
-    from llm_adapters.tasks import leakage
-    from llm_adapters.training.trainer import peak_memory
-
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "llm_adapters": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        },
-        "hardware": {
-            "machine": platform.machine(),
-            "device": str(base.device),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        },
-        "seed": recipe.training.seed,
-        "base_model": {
-            "name": base.name,
-            "source": base.source,
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "fingerprint": base.fingerprint(),
-        },
-        "adapter": {
-            "method": recipe.adapter.method,
-            "trainable_parameters": trainable,
-            "all_parameters": sum(p.numel() for p in model.parameters()),
-        },
-        "data": {
-            "name": recipe.data.train,
-            "fingerprint": data.fingerprint,
-            "template": recipe.data.template,
-            "example": data.example,
-            **data.counts(),
-            "questions": leakage.fingerprint(data.questions).to_dict(),
-        },
-        "acceleration": acceleration,
-        "steps": state.global_step,
-        "epochs": state.epoch,
-        "final_loss": next((line["loss"] for line in reversed(recorder.losses) if "loss" in line), None),
-        "best_validation_loss": state.best_metric,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
-        "peak_memory_bytes": peak_memory(),
-        "command": sys.argv if sys.argv and sys.argv[0].endswith("llm-adapters") else None,
-    }

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -13,27 +12,22 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llm_adapters.compat.trainer import StepTrainer
 from llm_adapters.errors import WorkError
+from llm_adapters.runs import RunFolder
+from llm_adapters.training import checkpoints
 from llm_adapters.training.collator import Shuffle
 
-COMPLETE = "complete"  # written last into a checkpoint: without it the save was cut off
 
+class AdapterTrainer(StepTrainer):
+    """Trainer whose batch is a whole optimiser step, divided into micro-batches by the collator.
 
-class AdapterTrainer(Trainer):
-    """Trainer whose batch is a whole optimiser step, cut into micro-batches by the collator.
-
-    The loss is the mean over the labels of the step, however it is cut and over however many processes.
+    The loss is the mean over the labels of the step, however it is divided and over however many processes.
     """
 
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes Trainer count a step's labels over the ranks
-        self._loss_shifts_labels = False  # the collator's labels are the targets alone
-        self.tokens_seen = 0
+    tokens_seen = 0  # by this process, no padding counted
 
     def training_step(
         self,
@@ -66,14 +60,13 @@ class AdapterTrainer(Trainer):
         """Not counted: Trainer's estimate knows nothing of packs."""
         return 0
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Shuffle:
-        return Shuffle(len(self.train_dataset if train_dataset is None else train_dataset), self.args.seed)
+    def train_sampler(self, examples: Any) -> Shuffle:
+        """Sampler whose order depends on the seed and the epoch alone."""
+        return Shuffle(len(examples), self.args.seed)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Trainer's version lets PEFT ask the hub whether the frozen embeddings have changed.
-        folder = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """Write the adapter into a checkpoint."""
+        checkpoints.save_weights(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean cross-entropy per label over the validation split, whatever the batches are."""
@@ -103,8 +96,9 @@ class Recorder(TrainerCallback):
         display: called with the latest numbers after every step; None for silence.
     """
 
-    def __init__(self, folder: Path, trainer: AdapterTrainer, display: "Any | None" = None) -> None:
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder: RunFolder, trainer: AdapterTrainer, display: "Any | None" = None) -> None:
+        self.folder = folder
+        self.path = folder.log
         self.trainer = trainer
         self.display = display
         self.started_at = 0.0
@@ -163,11 +157,9 @@ class Recorder(TrainerCallback):
             self.display.step(state.global_step, self.tokens / max(seconds, 1e-9))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as whole: only such a one is resumed from."""
+        """Mark the checkpoint as complete: only such a one is resumed from."""
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            with (folder / COMPLETE).open("w") as stream:
-                os.fsync(stream.fileno())
+            checkpoints.complete(self.folder, state.global_step)
 
 
 class StopOnSignal(TrainerCallback):
@@ -199,15 +191,3 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
-
-
-def complete_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint in `folder`, or None."""
-    found = [c for c in folder.glob("checkpoint-*") if (c / COMPLETE).exists()]
-    return max(found, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
-
-
-def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

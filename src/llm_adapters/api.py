@@ -1,0 +1,47 @@
+"""`train` as a recipe says, the same from Python and from the command line: train an adapter, then measure it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_adapters import evaluation, training
+from llm_adapters.training import Recipe, Run
+
+
+def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *, progress: bool = True) -> Run:
+    """Train the adapter that `recipe` describes, write a run folder, and measure the recipe's tasks, if it names any.
+
+    Everything that can be wrong with the request is found before anything is written. If `output` holds an interrupted
+    run of the same recipe, it goes on from its last checkpoint and ends as if it had never stopped.
+
+    Args:
+        recipe: a `Recipe`, nested mappings, or the path of a YAML file.
+        output: the run folder; new, empty, or an interrupted run of the same recipe.
+        progress: show progress on stderr.
+
+    Returns:
+        The `Run`. Its folder holds config.yaml, adapter/, manifest.json and log.jsonl, and eval/ if tasks were
+        measured: by the first of several processes alone, so that `evaluation` is None in the others.
+
+    Raises:
+        RequestError: the request is wrong.
+        Interrupted: a signal stopped the run after a checkpoint.
+        WorkError: the work failed (a loss that is not finite, data that is not available).
+    """
+    recipe = training.load_recipe(recipe)
+    measured = recipe.evaluation
+    if measured.tasks:
+        evaluation.load_questions(measured.tasks, measured.limit)  # a wrong name is told before hours of training
+    run = training.train(recipe, output, progress=progress)
+    if measured.tasks and int(os.environ.get("RANK", "0")) == 0:
+        run.evaluation = evaluation.evaluate(
+            run,
+            tasks=measured.tasks,
+            limit=measured.limit,
+            protocol=measured.protocol,
+            max_new_tokens=measured.max_new_tokens,
+            batch_size=measured.batch_size,
+            progress=None if progress else False,
+        )
+    return run

@@ -1,0 +1,143 @@
+"""From examples to encoded training data: the shuffle, encoding, what is too long, and the validation split."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_adapters.errors import RequestError
+from llm_adapters.tasks.examples import Example
+from llm_adapters.tasks.templates import IGNORED, Encoded, encode_example, render_prompt
+from llm_adapters.training.recipe import DataSettings
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The encoded examples of a run and what the manifest says of them.
+
+    Attributes:
+        train, validation: encoded examples, in the order of the seed's shuffle.
+        questions: the questions trained on, for the contamination report.
+        dropped: how many examples were longer than the limit and left out.
+        truncated: how many were longer and truncated.
+        example: prompt and response of the first training example, as text.
+        fingerprint: SHA-256 over the examples as they were read, in order.
+    """
+
+    train: list[Encoded]
+    validation: list[Encoded]
+    questions: list[str]
+    dropped: int
+    truncated: int
+    example: dict[str, str]
+    fingerprint: str
+
+    def counts(self) -> dict[str, int]:
+        """Examples, tokens and labels, as the manifest reports them."""
+        return {
+            "train_examples": len(self.train),
+            "validation_examples": len(self.validation),
+            "train_tokens": sum(len(e.input_ids) for e in self.train),
+            "train_labels": sum(label != IGNORED for e in self.train for label in e.labels),
+            "longest": max(len(e.input_ids) for e in self.train),
+            "dropped_too_long": self.dropped,
+            "truncated_too_long": self.truncated,
+        }
+
+
+def prepare(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    settings: DataSettings,
+    seed: int,
+    context: int | None = None,
+) -> TrainingData:
+    """Shuffle with the seed, encode, deal with what is too long up to `settings.limit`, hold out the validation split.
+
+    Args:
+        examples: as read from the data set.
+        tokenizer: the base model's.
+        settings: the recipe's data section.
+        seed: decides the shuffle.
+        context: the longest sequence that the base model takes; None where it has no limit.
+
+    Raises:
+        RequestError: nothing is left to train on, or an example is too long and `settings.too_long` is ``"error"``.
+    """
+    if context is not None and settings.max_length > context:
+        raise RequestError(f"data.max_length is {settings.max_length}: the model takes at most {context} tokens")
+    chosen = list(examples)
+    random.Random(seed).shuffle(chosen)
+    encoded, counts = _encode(chosen, tokenizer, settings)
+    held_out = round(settings.validation * len(encoded)) if settings.validation < 1 else int(settings.validation)
+    if settings.validation and held_out == 0:
+        raise RequestError(f"data.validation is {settings.validation}: of {len(encoded)} examples that leaves none")
+    if len(encoded) - held_out < 1:
+        reason = (
+            f"all {len(chosen)} are longer than data.max_length, {settings.max_length} "
+            f"(the longest: {counts.longest} tokens)"
+            if not encoded
+            else f"the validation split takes {held_out} of {len(encoded)}"
+        )
+        raise RequestError(f"no example is left to train on: {reason}")
+    validation, train = encoded[:held_out], encoded[held_out:]
+    first = train[0][0]
+    prompt = render_prompt(settings.template, first.question, first.input, tokenizer=tokenizer, stage="train")
+    return TrainingData(
+        train=[tokens for _, tokens in train],
+        validation=[tokens for _, tokens in validation],
+        questions=[example.question for example, _ in train],
+        dropped=counts.dropped,
+        truncated=counts.truncated,
+        example={"prompt": prompt, "response": first.response},
+        fingerprint=_fingerprint([example for example, _ in encoded]),
+    )
+
+
+@dataclass
+class _Counts:
+    dropped: int = 0
+    truncated: int = 0
+    longest: int = 0
+
+
+def _encode(
+    examples: list[Example], tokenizer: Any, settings: DataSettings
+) -> tuple[list[tuple[Example, Encoded]], _Counts]:
+    """Encode `examples` up to `settings.limit`; what is too long is dropped, truncated or refused."""
+    encoded: list[tuple[Example, Encoded]] = []
+    counts = _Counts()
+    for example in examples:
+        if len(encoded) == settings.limit:
+            break
+        tokens = encode_example(
+            tokenizer, example, template=settings.template, train_on_prompt=settings.train_on_prompt
+        )
+        length, limit = len(tokens.input_ids), settings.max_length
+        counts.longest = max(counts.longest, length)
+        if length > limit:
+            if settings.too_long == "error":
+                raise RequestError(
+                    f"an example has {length} tokens, data.max_length is {limit}: "
+                    "raise it, or set data.too_long to drop or truncate"
+                )
+            if settings.too_long == "drop":
+                counts.dropped += 1
+                continue
+            tokens = Encoded(tokens.input_ids[:limit], tokens.labels[:limit], tokens.prompt_length)
+            counts.truncated += 1
+        if all(label == IGNORED for label in tokens.labels[1:]):
+            counts.dropped += 1  # truncated before its response begins: there is nothing to learn from it
+            continue
+        encoded.append((example, tokens))
+    return encoded, counts
+
+
+def _fingerprint(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        fields = [example.question, example.input, example.response, example.answer]
+        digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

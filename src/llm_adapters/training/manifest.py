@@ -1,0 +1,87 @@
+"""The manifest of a run."""
+
+import os
+import platform
+import resource
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from llm_adapters.models import LoadedModel
+from llm_adapters.models.fingerprints import versions
+from llm_adapters.tasks import leakage
+from llm_adapters.training.data import TrainingData
+from llm_adapters.training.recipe import Recipe
+
+
+def describe(
+    recipe: Recipe,
+    base: LoadedModel,
+    model: Any,
+    data: TrainingData,
+    recorder: Any,
+    state: Any,
+    seconds: float,
+    fast_paths: dict[str, str],
+) -> dict[str, Any]:
+    """Everything that tells another person what a run was: what ran, on what, how fast, and what came of it.
+
+    Args:
+        recipe: what was asked for.
+        base: the base model, and what "auto" came to.
+        model: the trained model.
+        data: what it was trained on.
+        recorder: the lines of the log and the number of tokens.
+        state: Trainer's final state.
+        seconds: how long the training took.
+        fast_paths: the report of `FastPaths`.
+    """
+    import torch
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions("accelerate"),
+        "hardware": {
+            "machine": platform.machine(),
+            "device": str(base.device),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+        "seed": recipe.training.seed,
+        "base_model": {
+            "name": base.name,
+            "source": base.source,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "fingerprint": base.fingerprint(),
+        },
+        "adapter": {
+            "method": recipe.adapter.method,
+            "trainable_parameters": trainable,
+            "all_parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "data": {
+            "name": recipe.data.train,
+            "fingerprint": data.fingerprint,
+            "template": recipe.data.template,
+            "example": data.example,
+            **data.counts(),
+            "questions": leakage.fingerprint(data.questions).to_dict(),
+        },
+        "fast_paths": fast_paths,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "final_loss": next((line["loss"] for line in reversed(recorder.losses) if "loss" in line), None),
+        "best_validation_loss": state.best_metric,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
+        "peak_memory_bytes": peak_memory(),
+        "command": sys.argv if sys.argv and sys.argv[0].endswith("llm-adapters") else None,
+    }
+
+
+def peak_memory() -> int:
+    """Peak resident memory of the process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

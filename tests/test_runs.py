@@ -1,0 +1,156 @@
+"""The layout of a run folder, the marks of what is complete, and folders that appear whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from llm_adapters.adapter_files import find_adapter, read_template, write_note
+from llm_adapters.errors import RequestError
+from llm_adapters.files import atomic_folder, is_complete, mark_complete, read_json
+from llm_adapters.runs import RunFolder
+from llm_adapters.training import checkpoints
+
+CONFIG = "model: {name: some-model, dtype: float32}\ndata: {template: chat}\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    return RunFolder(tmp_path)
+
+
+def test_the_layout_is_the_public_contract(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    places = [run.config, run.adapter, run.manifest, run.log, run.evaluation("strict"), run.checkpoint(7)]
+    assert [place.relative_to(tmp_path).as_posix() for place in places] == [
+        "config.yaml",
+        "adapter",
+        "manifest.json",
+        "log.jsonl",
+        "eval/strict",
+        "checkpoints/checkpoint-7",
+    ]
+    assert Path(run) == tmp_path == Path(RunFolder(os.fspath(run)))
+    assert RunFolder.around(run.adapter).path == tmp_path
+
+
+def test_a_run_is_told_from_a_model(run: RunFolder, tmp_path: Path) -> None:
+    assert run.is_run
+    assert not run.finished
+    run.manifest.write_text("{}")
+    assert run.finished
+    (tmp_path / "config.json").touch()
+    assert not run.is_run
+    assert not RunFolder(tmp_path / "none").is_run
+
+
+def test_the_template_is_the_recipes_or_the_one_beside_the_adapter(run: RunFolder) -> None:
+    write_note(run.adapter, "paper")
+    assert run.template == "chat"
+    run.config.write_text("model: {name: some-model}\n")
+    assert run.template == read_template(run.adapter) == "paper"
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "model: x\n", "a: [", "", "model: {}\n"])
+def test_a_config_that_is_none_is_an_error(run: RunFolder, text: str) -> None:
+    run.config.write_text(text)
+    with pytest.raises(RequestError, match="is not the config of a run"):
+        run.read_config()
+
+
+def test_the_manifest_of_an_earlier_version_has_todays_names(run: RunFolder) -> None:
+    run.manifest.write_text(json.dumps({"acceleration": {"packing": "on"}, "versions": {"llm_adapters": "0.1"}}))
+    assert run.read_manifest() == {"fast_paths": {"packing": "on"}, "versions": {"llm-adapters": "0.1"}}
+    now = {"fast_paths": {"packing": "on"}, "versions": {"llm-adapters": "0.2"}}
+    run.manifest.write_text(json.dumps(now))
+    assert run.read_manifest() == now
+
+
+def test_the_adapter_of_a_run_or_of_its_own_folder(run: RunFolder, tmp_path: Path) -> None:
+    assert find_adapter(tmp_path) == find_adapter(run.adapter) == run.adapter
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match="is not an adapter"):
+        find_adapter(tmp_path / "empty")
+
+
+def test_a_run_resumes_from_its_latest_complete_checkpoint(run: RunFolder) -> None:
+    assert run.resume_point() is None
+    for step in (2, 10, 9):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "weights").write_bytes(b"1234")
+        assert run.resume_point() is None
+    mark_complete(run.checkpoint(9))
+    (run.checkpoint(2) / "complete").touch()  # as earlier versions mark
+    assert run.resume_point() == run.checkpoint(9)
+    mark_complete(run.checkpoint(10))
+    assert run.resume_point() == run.checkpoint(10)
+    (run.checkpoint(10) / "weights").write_bytes(b"123")
+    assert run.resume_point() == run.checkpoint(9)
+    (run.checkpoint(9) / "weights").unlink()
+    assert run.resume_point() == run.checkpoint(2)
+
+
+def test_a_model_converted_by_an_earlier_version_is_complete(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"1234")
+    (tmp_path / "conversion.json").write_text('{"file": "x.gguf", "sha256": "0", "sizes": {"weights": 4}}')
+    assert is_complete(tmp_path)
+    (tmp_path / "weights").write_bytes(b"12345")
+    assert not is_complete(tmp_path)
+
+
+def test_files_that_others_may_still_be_writing_do_not_count(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    folder = run.checkpoint(1)
+    folder.mkdir(parents=True)
+    for rank in (0, 1):
+        (folder / f"rng_state_{rank}.pth").write_bytes(b"ha")
+    checkpoints.complete(run, 1)
+    (folder / "rng_state_1.pth").write_bytes(b"half no more")
+    assert is_complete(folder)
+    (folder / "rng_state_0.pth").unlink()
+    assert not is_complete(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sizes": 3}'])
+def test_a_damaged_mark_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "complete.json").write_text(text)
+    assert not is_complete(tmp_path)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.rglob("*"))
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RequestError), atomic_folder(tmp_path / "new"):
+        read_json(tmp_path / "none")
+    assert names(tmp_path) == []
+    with atomic_folder(tmp_path / "new") as made:
+        (made / "whole").touch()
+        assert not (tmp_path / "new").exists()
+    assert names(tmp_path) == ["new", "whole"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_what_is_there_is_replaced_only_if_allowed_and_not_complete(tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    target.mkdir()
+    (target / "mine").touch()
+    with pytest.raises(OSError, match="not empty"), atomic_folder(target) as made:
+        (made / "other").touch()
+    assert names(tmp_path) == ["mine", "new"]
+    with atomic_folder(target, replace=True) as made:
+        (made / "other").touch()
+    assert names(tmp_path) == ["new", "other"]
+    mark_complete(target)  # by another process, which was faster
+    with atomic_folder(target, replace=True) as made:
+        (made / "late").touch()
+    assert names(tmp_path) == ["complete.json", "new", "other"]
