@@ -8,7 +8,7 @@ from torch import nn
 
 from llm_adapters.ops import kv_cache as pages
 from llm_adapters.ops import varlen_attention
-from llm_adapters.ops.packing import Band, Pack
+from llm_adapters.ops.packing import LengthBucket, Pack
 
 NAME = "llm_adapters_packed"
 
@@ -53,11 +53,9 @@ def packed_attention(
     """
     _refuse(others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout:
-        return varlen_attention.attention_with_dropout(
-            query[0], key[0], value[0], pack, scale, sliding_window, dropout
-        )[None], None
-    return varlen_attention.PackedAttention.apply(query[0], key[0], value[0], pack, scale, sliding_window)[None], None
+    return varlen_attention.varlen_attention(query[0], key[0], value[0], pack, scale, sliding_window, dropout)[
+        None
+    ], None
 
 
 def slot_attention(
@@ -119,22 +117,22 @@ def _prompts(
     """The prompts of a step; `key` and `value` begin with the shared prefix; `out` is (tokens, heads, width)."""
     heads, groups = len(query), len(key)
     flat = (query.transpose(0, 1) * scale).reshape(-1, query.shape[-1])
-    for number, band in enumerate(pack.bands):
-        places = step.once(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
+    for number, band in enumerate(pack.buckets):
+        places = step.cached(("queries", number, heads, groups), functools.partial(_own_places, band, heads, groups))
         queries = flat.index_select(0, places).view(len(band.lengths) * groups, -1, query.shape[-1])
         found, _ = varlen_attention.attend(
             queries,
             varlen_attention.with_prefix(key, band),
             varlen_attention.with_prefix(value, band),
-            band.visible(window),
+            band.causal_mask(window),
         )
         varlen_attention.scatter(found, band, out[band.start - pack.prefix : band.end - pack.prefix])
     out[pack.end - pack.prefix :] = 0
 
 
-def _own_places(band: Band, heads: int, groups: int) -> torch.Tensor:
+def _own_places(band: LengthBucket, heads: int, groups: int) -> torch.Tensor:
     """Where the queries of `band` are in a row that begins after the shared prefix."""
-    return band.places(heads // groups, groups, before=False) - band.prefix * heads
+    return band.gather_index(heads // groups, groups, with_prefix=False) - band.prefix * heads
 
 
 def _attention(

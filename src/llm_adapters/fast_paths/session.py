@@ -11,11 +11,10 @@ from torch import nn
 
 from llm_adapters.errors import RequestError
 from llm_adapters.fast_paths import attention, layers, lora, routing
+from llm_adapters.ops import backends, rotary
 from llm_adapters.ops import cross_entropy as head
 from llm_adapters.ops import linear as products
-from llm_adapters.ops import rotary
 from llm_adapters.ops.cpu import allocator as memory
-from llm_adapters.ops.cpu import build as kernels
 from llm_adapters.ops.cpu import prepacked as weights
 from llm_adapters.ops.kv_cache import Step
 from llm_adapters.ops.packing import Pack
@@ -88,7 +87,7 @@ class FastPaths:
         """Give the model its own forwards back."""
         while self._undo:
             self._undo.pop()()
-        memory.trim()
+        memory.release_unused()
 
     @property
     def packs(self) -> bool:
@@ -102,9 +101,9 @@ class FastPaths:
             return
         if self.base.device.type == "cpu":
             self.report["kept memory"] = ON if memory.keep_memory() else "the C library has no mallopt"
-            self.report["kernels"] = kernels.why_not(self.base.dtype) or ON
+            self.report["kernels"] = backends.unsupported_reason(self.base.dtype) or ON
         if self.inference:
-            reason = weights.why_not_packed(self.base)
+            reason = weights.unsupported_reason(self.base)
             self._packed, self.report["weights in blocks"] = reason is None, reason or ON
         sequences = probe_sequences(self.base)
         refused = _why_not(self.model, self.base, self.inference)
@@ -195,10 +194,10 @@ class FastPaths:
                 counts["fused LoRA"] += 1
             elif self._packed and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
                 if id(module) not in inside:
-                    self._set(module, "forward", weights.Packed(module.weight, module.bias))
-            elif not self.inference and module is not output and id(module) not in inside and products.takes(module):
+                    self._set(module, "forward", weights.PrepackedLinear(module.weight, module.bias))
+            elif not self.inference and module is not output and id(module) not in inside and _takes(module):
                 counts["frozen linear layers"] += 1
-                self._set(module, "forward", functools.partial(products.linear_forward, module, module.forward))
+                self._set(module, "forward", functools.partial(_linear_forward, module, module.forward))
             elif isinstance(module, BottleneckLayer):
                 delta = functools.partial(layers.frozen_delta, module, {}, self._packed) if self.inference else None
                 self._set(module, "delta", delta or functools.partial(layers.bottleneck_delta, module))
@@ -216,8 +215,8 @@ class FastPaths:
         for module in gated if self._packed else ():  # now that their linear layers are
             if (forward := layers.frozen_silu_mlp(module)) is not None:
                 self._set(module, "forward", forward)
-        if file := rotary.modelling_file(self.base):
-            self._set(file, rotary.FUNCTION, rotary.rotate_halves)
+        if file := _modelling_file(self.base):
+            self._set(file, "apply_rotary_pos_emb", rotary.apply_rotary_pos_emb)
         report = {name: f"{ON}, {count} modules" if count else "no such module" for name, count in counts.items()}
         if not counts["frozen linear layers"]:
             report["frozen linear layers"] = self._why_no_products() or "no such module"
@@ -226,10 +225,10 @@ class FastPaths:
     def _why_no_products(self) -> str | None:
         if self.inference:
             return "for training"
-        kernel = kernels.of(next(self.base.parameters()))
-        if kernel is None:
+        weight = next(self.base.parameters())
+        if backends.for_tensor(weight) is None:
             return "there are no kernels"
-        return None if kernel.strip else "the processor or the precision has none"
+        return None if products.is_fast(weight) else "the processor or the precision has none"
 
     def _install_packing(self, sequences: list[list[int]], expected: list[list[torch.Tensor]]) -> str | None:
         """Why packing stays off; None where it is on. `expected` as `_expected` gives it."""
@@ -338,7 +337,7 @@ def _causal_forward(
             hidden = base.base_model(**inputs, use_cache=False).last_hidden_state
         output = base.get_output_embeddings()
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)
-        return {"loss": head.head_loss(chosen, output.weight, output.bias, targets)}
+        return {"loss": head.fused_linear_cross_entropy(chosen, output.weight, output.bias, targets)}
     width = kwargs.pop("width")
     first = 0
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
@@ -414,3 +413,40 @@ def differs(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     if distance <= _ROOM.get(expected.dtype, 1e-4):
         return None
     return f"its results would differ by {distance:.2g}"
+
+
+def _modelling_file(model: nn.Module) -> Any:
+    """The module of `model`'s family if its rotary function does what `rotate_halves` does, found by trying."""
+    module = inspect.getmodule(type(model))
+    own = getattr(module, "apply_rotary_pos_emb", None)
+    if own is None or list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
+    same = []
+    for width in (8, 4):  # some families rotate a part of each head, and hand over the whole
+        cos, sin = (torch.randn(1, 3, width // 2, generator=generator).repeat(1, 1, 2) for _ in range(2))
+        try:
+            pairs = list(zip(own(q, k, cos, sin), rotary.apply_rotary_pos_emb(q, k, cos, sin), strict=True))
+        except Exception:  # a width that the family does not have, or a function that takes something else
+            continue
+        same += [torch.allclose(theirs, ours, atol=1e-6) for theirs, ours in pairs]
+    return module if same and all(same) else None
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
+def _takes(layer: nn.Module) -> bool:
+    """Whether `layer` is a frozen linear layer that `linear_forward` makes faster."""
+    if type(layer) is not nn.Linear or _is_trained(layer) or "forward" in vars(layer):
+        return False
+    return products.is_fast(layer.weight)
+
+
+def _linear_forward(layer: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer whose weights are frozen; `own` is its forward, for whatever this one does not do."""
+    if x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type) or _is_trained(layer):
+        return own(x)
+    return products.frozen_linear(x, layer.weight, layer.bias)

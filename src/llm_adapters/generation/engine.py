@@ -13,9 +13,10 @@ from torch import nn
 from llm_adapters.fast_paths.session import FastPaths, differs, learned_prefix, probe_sequences
 from llm_adapters.generation.decoding import Beams, Greedy, Search
 from llm_adapters.ops.kv_cache import PAGE, Decoded, PagedCache, Step
-from llm_adapters.ops.packing import Pack, common_prefix, rounded
+from llm_adapters.ops.packing import Pack, common_prefix
+from llm_adapters.ops.sizes import padded_size
 
-_ROWS = 16  # tokens are computed in such numbers (see `packing.rounded`)
+_ROWS = 16  # tokens are computed in such numbers (see `ops.sizes`)
 PROMPT_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and answers wait for it
 
 # (index of the prompt, the tokens of its answer, the one that ends it included)
@@ -141,7 +142,9 @@ class Engine:
         """The logits that follow the tokens of each part of `fed`, and those that follow the prompts of `pack`, which
         are of the adapter `route`."""
         count = sum(tokens.numel() for _, tokens in fed)
-        fillers = rounded(count, _ROWS) - count  # all in the first part, which has the fewest tokens beside each other
+        fillers = (
+            padded_size(count, _ROWS) - count
+        )  # all in the first part, which has the fewest tokens beside each other
         decoded = []
         for groups, tokens in fed:
             decoded.append(self._decoded(groups, tokens.shape[1], fillers // tokens.shape[1]))

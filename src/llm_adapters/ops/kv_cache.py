@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.packing import Once, Pack, additive, rounded
+from llm_adapters.ops.backends import function
+from llm_adapters.ops.packing import Cached, Pack, additive
+from llm_adapters.ops.sizes import padded_size
 
 PAGE = 64
-_STEP = 32  # pages are multiplied in such numbers (see `packing.rounded`)
+_STEP = 32  # pages are multiplied in such numbers (see `sizes`)
 _NOWHERE = 0  # a page that belongs to nobody, for what is computed and dropped
 
 
@@ -43,7 +44,7 @@ class PagedCache:
         self.most = -(-longest // PAGE)
         self.prefix, self.top = 0, 1
         self.table = torch.full((slots, self.most), _NOWHERE, device=device)
-        self.owner = torch.full((rounded(1 + slots * self.most, _STEP),), -1, device=device)
+        self.owner = torch.full((padded_size(1 + slots * self.most, _STEP),), -1, device=device)
         self.rank = torch.zeros_like(self.owner)
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self._free = list(range(1, 1 + slots * self.most))  # a heap, and sorted
@@ -60,7 +61,7 @@ class PagedCache:
             page = heapq.heappop(self._free)
             self.table[slot, len(held)], self.owner[page], self.rank[page] = page, slot, len(held)
             held.append(page)
-            self.top = max(self.top, rounded(page + 1, _STEP))
+            self.top = max(self.top, padded_size(page + 1, _STEP))
         if self.top > before:
             for layer in self._layers.values():
                 for part in layer:
@@ -82,7 +83,7 @@ class PagedCache:
     def compact(self) -> None:
         """Move pages down where many below the highest one are free."""
         used = sum(map(len, self._held))
-        if self.top <= rounded(used + 1 + used // 8, _STEP):
+        if self.top <= padded_size(used + 1 + used // 8, _STEP):
             return
         highest = [p for p in range(self.top - 1, used, -1) if self.owner[p] >= 0]
         lowest = [heapq.heappop(self._free) for _ in highest]
@@ -94,7 +95,7 @@ class PagedCache:
         for old, new, slot, at in zip(highest, lowest, owner.tolist(), rank.tolist(), strict=True):
             self._held[slot][at] = new
             heapq.heappush(self._free, old)
-        self.top = rounded(used + 1, _STEP)
+        self.top = padded_size(used + 1, _STEP)
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for layer in self._layers.values():
@@ -136,7 +137,7 @@ class PagedCache:
 
 
 @dataclass
-class Decoded(Once):
+class Decoded(Cached):
     """Tokens that go on from what some slots hold, as many neighbours of each.
 
     Attributes:
@@ -172,17 +173,17 @@ class Decoded(Once):
             owner, rank, chosen = row_of[cache.owner[: cache.top]], cache.rank[: cache.top], None
             mine = (owner < count).nonzero().flatten()
             if 2 * len(mine) < cache.top:
-                more = mine.new_full((rounded(len(mine), _STEP) - len(mine),), _NOWHERE)
+                more = mine.new_full((padded_size(len(mine), _STEP) - len(mine),), _NOWHERE)
                 chosen = torch.cat((mine, more))
                 owner, rank = owner[chosen], rank[chosen]
             rank = torch.where(owner < count, rank, 0)
             return chosen, owner, rank, int(rank.max()) + 1
 
-        return self.once("seen", make)
+        return self.cached("seen", make)
 
     def by_adapter(self) -> list[tuple[int, torch.Tensor]]:
         """The numbers of the adapters, and which slots are theirs."""
-        return self.once(
+        return self.cached(
             "by adapter",
             lambda: [(int(n), (self.adapters == n).nonzero().flatten()) for n in self.adapters.unique()],
         )
@@ -202,11 +203,11 @@ class Decoded(Once):
             visible[..., 0] |= ~self.alive  # one that is dropped sees something, so that its softmax is a number
             return additive(torch.cat((visible, visible.new_ones(1, *visible.shape[1:]))), dtype)[:, None]
 
-        return self.once(("bias", window, dtype), make)
+        return self.cached(("bias", window, dtype), make)
 
 
 @dataclass
-class Step(Once):
+class Step(Cached):
     """What one forward computes, in one row: tokens that go on, and then new prompts.
 
     Attributes:
@@ -247,7 +248,7 @@ class Step(Once):
             pages, columns = zip(*found, strict=True)
             return torch.cat(pages), torch.cat(columns)
 
-        return self.once("places", make)
+        return self.cached("places", make)
 
 
 def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
@@ -262,8 +263,8 @@ def store(layer: int, key: torch.Tensor, value: torch.Tensor, step: Step) -> Non
     pages, columns = step.places()
     for whole, part in zip(step.cache.layer(layer, key, value), (key, value), strict=True):
         rows = part.transpose(0, 1)
-        if kernel := kernels.of(part):
-            kernel.call("store", rows.contiguous(), whole, pages, columns, whole.shape[2], *rows.shape)
+        if kernel := function("store_kv", part):
+            kernel(rows, whole, pages, columns)
         else:
             whole[pages, :, columns] = rows
 
@@ -287,14 +288,10 @@ def decode(
     count, beside = decoded.at.shape
     heads, _, width = query.shape
     keys, values = cache.layer(layer, query, query)
-    if (kernel := kernels.of(query)) and values.shape[-1] == width:
-        shared = cache.prefixes_of(layer) or (None, None)
-        rows = query.transpose(0, 1).contiguous()
-        out = torch.empty_like(rows)
-        sizes = count, beside, heads, keys.shape[1], width, keys.shape[2], cache.prefix, cache.table.shape[1]
-        asked = decoded.adapters, cache.table, decoded.slots, decoded.at.contiguous()
-        kernel.call("decode", rows, keys, values, *shared, *asked, out, *sizes, float(scale), window or 0)
-        return out
+    if kernel := function("paged_attention", query, keys, values):
+        prefix_kv, rows = cache.prefixes_of(layer), query.transpose(0, 1)
+        places = decoded.adapters, cache.table, decoded.slots, decoded.at
+        return kernel(rows, keys, values, prefix_kv, *places, scale, window)
     chosen, owner, rank, pages = decoded.seen(cache)
     keys, values = (
         part[: cache.top] if chosen is None else part.index_select(0, chosen)
@@ -307,7 +304,7 @@ def decode(
     scores = queries.new_zeros(count + 1, heads * beside, bias.shape[-1])  # not every slot has all the pages
     own = scores[:, :, :columns].unflatten(-1, (pages, PAGE))
 
-    asking = decoded.once("asking", lambda: owner.clamp(max=count - 1))
+    asking = decoded.cached("asking", lambda: owner.clamp(max=count - 1))
     by_page = queries.index_select(0, asking).view(len(owner) * groups, -1, width)
     own[owner, :, rank] = torch.bmm(by_page, keys.flatten(0, 1).transpose(1, 2)).view(len(owner), -1, PAGE)
     prefixes = [(rows, p) for adapter, rows in decoded.by_adapter() if (p := cache.prefix_of(layer, adapter))]

@@ -185,9 +185,9 @@ class Collator:
         """Cut `examples` into micro-batches."""
         lengths = [len(example.input_ids) for example in examples]
         if self.packed:
-            from llm_adapters.fast_paths import split
+            from llm_adapters.fast_paths import make_packs
 
-            groups = split(lengths, _shared(examples), self.tokens, self.most)
+            groups = make_packs(lengths, _shared(examples), self.tokens, self.most)
             return [self._pack([examples[i] for i in group]) for group in groups]
         order = sorted(range(len(examples)), key=lambda i: -lengths[i])
         micro_batches = []
