@@ -1,21 +1,21 @@
 """The choice of a backend: who computes an operator for a tensor, by its device and precision.
 
-An operator asks for the backend's function of its own name, and where there is none, or it does not take these arguments,
-computes its plain torch reference, which runs on any device:
+An operator asks for the backend's function of its own name. Where there is none, or it does not take these arguments,
+it computes its plain torch reference, which runs on any device:
 
-    if kernel := function("rms_norm", x):
-        return kernel(x, weight, eps)
-    return reference...
+    if kernel := function("swiglu", gate):
+        return kernel(gate, up)
+    return functional.silu(gate).mul_(up)
 
 To add a backend, make a folder `ops/NAME` with a module `functions` that has
 
-- functions with the names and signatures of `ops/cpu/functions.py`, as many of them as it is faster at (those that belong
-  together, such as `rms_norm` and `rms_norm_backward`, both or none);
+- functions with the names and signatures of those in `ops/cpu/functions.py`, as many of them as are faster there (those
+  that belong together, such as `rms_norm` and `rms_norm_backward`, both or none);
 - `unsupported_reason(dtype)`: None, or why the whole backend does not work for this precision here;
 - `supports(name, *arguments)`: False for arguments that one of its functions does not take;
 - `has_fast_linear(weight)`: True if its `linear` exists for this weight;
 
-and name it in `_BACKENDS` by the type of its device. No operator changes. `tests/ops` then checks it: each test there runs
+and name it in `_BACKENDS` by the type of its device. No operator changes. `tests/ops` checks it: each test there runs
 with the backend and with the reference.
 """
 

@@ -115,7 +115,8 @@ class LoraStack:
     ) -> None:
         self._stacked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        if not (pairs and (pack := function("pack_lora", weight))):
+        pack = function("pack_lora", weight)
+        if pack is None or not pairs:
             self._pairs = {
                 number: (a.detach().t().to(weight.dtype), b.detach().t().to(weight.dtype))
                 for number, (a, b) in pairs.items()
@@ -163,6 +164,6 @@ class LoraStack:
                     rows[span].addmm_(flat[span] @ a, b)
             return out
         for number, (a, b) in self._pairs.items():  # all rows by every adapter: no row is asked for on the host
-            ours = (adapter_ids == number)[:, None]
+            ours = adapter_ids.eq(number)[:, None]
             rows.addmm_((flat @ a).masked_fill(~ours, 0), b)
         return out

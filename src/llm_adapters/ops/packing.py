@@ -75,6 +75,11 @@ class Pack(Cached):
         return self.prefix + sum(self.lengths)
 
     @property
+    def starts(self) -> list[int]:
+        """The place in the row where each segment begins."""
+        return [*itertools.accumulate(self.lengths[:-1], initial=self.prefix)]
+
+    @property
     def max_seqlen(self) -> int:
         """Tokens of the longest segment."""
         return max(self.lengths)
@@ -169,7 +174,7 @@ class LengthBucket(Cached):
         return self.cached(("gather index", heads, groups, with_prefix), make)
 
     def padding(self, heads: int) -> torch.Tensor:
-        """True for the places of `gather_index` (without the prefix) that are padding, the same number of them, bool."""
+        """Boolean mask of the places of `gather_index` (without the prefix): True where they are padding."""
 
         def make() -> torch.Tensor:
             padded = torch.arange(self.padded_length, device=self.device) >= self._lengths()[:, None]

@@ -144,6 +144,6 @@ def segment_rows(batch: torch.Tensor, bucket: LengthBucket, num_heads: int) -> t
 
 
 def scatter(batch: torch.Tensor, bucket: LengthBucket, out: torch.Tensor, has_prefix: bool = False) -> None:
-    """`segment_rows`, written to `out`, (segment tokens, heads, head_dim); of a batch that may begin with the prefix."""
+    """`segment_rows`, written to `out`, (segment tokens, heads, head_dim); a batch may begin with the prefix."""
     flat, index = batch.reshape(-1, batch.shape[-1]), bucket.scatter_index(out.shape[1], has_prefix)
     torch.index_select(flat, 0, index, out=out.view(-1, out.shape[-1]))

@@ -9,7 +9,7 @@ from llm_adapters.ops.backends import function
 
 
 class _Rotary(torch.autograd.Function):
-    """``x * cos + (-x2, x1) * sin`` for x = (x1, x2), (batch, num_heads, tokens, head_dim); cos and sin are constants."""
+    """``x * cos + (-x2, x1) * sin`` for x = (x1, x2), (batch, num_heads, tokens, head_dim); cos and sin are frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

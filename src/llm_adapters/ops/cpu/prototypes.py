@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,3 +116,21 @@ def library(dtype: torch.dtype) -> Library | str:
     """The functions for this precision; else the reason why there are none."""
     loaded = build.load(dtype)
     return loaded if isinstance(loaded, str) else Library(loaded, dtype)
+
+
+def library_for(x: torch.Tensor) -> Library:
+    """The functions for the precision of `x`.
+
+    Raises:
+        TypeError: there are none.
+    """
+    found = library(x.dtype)
+    if isinstance(found, str):
+        raise TypeError(f"there are no compiled functions for tensors of {x.dtype}: {found}")
+    return found
+
+
+def check_shape(what: str, tensor: torch.Tensor | None, shape: Sequence[int]) -> None:
+    """Refuse a tensor of another shape: C would read or write beyond its end."""
+    if tensor is not None and tensor.shape != torch.Size(shape):
+        raise ValueError(f"{what} has the shape {tuple(tensor.shape)}, where {tuple(shape)} is needed")
