@@ -32,10 +32,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "RMS norm, gated MLP, rotary positions": {
         f"{_FAST_PATHS}.layers.rms_parts": lambda _: None,
         f"{_FAST_PATHS}.layers.is_silu_mlp": lambda _: False,
-        f"{_OPS}.rotary.modelling_file": lambda _: None,
+        f"{_FAST_PATHS}.session._modelling_file": lambda _: None,
     },
-    "kept memory": {f"{_OPS}.cpu.allocator.keep_memory": lambda: False, f"{_OPS}.cpu.allocator._region": [None]},
-    "kernels": {f"{_OPS}.cpu.build.off": True},
+    "kept memory": {f"{_OPS}.cpu.allocator.keep_memory": lambda: False, f"{_OPS}.cpu.allocator.arena": lambda: None},
+    "kernels": {f"{_OPS}.backends.disabled": True},
     "packs of 2,688 tokens": {},
 }
 NAMES = list(STEPS)

@@ -21,8 +21,10 @@ from tiny import FAMILIES
 from torch import nn
 
 from llm_adapters.fast_paths import ON, FastPaths
-from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.varlen_attention import BLOCK
+from llm_adapters.ops import backends
+from llm_adapters.ops.cpu.prototypes import Library
+from llm_adapters.ops.linear import is_fast
+from llm_adapters.ops.padded_attention import BLOCK
 from llm_adapters.training.collator import Collator
 
 # Families whose attention cannot take packs, each with the reason that is reported.
@@ -107,7 +109,7 @@ def test_long_and_short_segments_of_one_pack(
     """Attention computes them in several bands, the long ones and the prefix in blocks of rows, and the gradients of
     the shared prefix come from all of these.
     """
-    monkeypatch.setattr("llm_adapters.ops.varlen_attention.BLOCK", block)
+    monkeypatch.setattr("llm_adapters.ops.padded_attention.BLOCK", block)
     options = {"sliding_window": 12} if family == "mistral" else {}
     model = adapted(family, "lora", overrides=options).train()
     chosen = long_and_short(shared)
@@ -118,7 +120,7 @@ def test_long_and_short_segments_of_one_pack(
         (micro,) = Collator(0).make_micro_batches(chosen)
         assert micro.pack is not None
         assert micro.pack.prefix == shared
-        assert len(micro.pack.bands) > 1
+        assert len(micro.pack.buckets) > 1
         for dropout in (0.0, 1e-12):  # with any of it, attention has another backward pass
             for attention in attentions:
                 attention.attention_dropout = dropout
@@ -215,8 +217,8 @@ def test_gradients_in_bfloat16_at_sizes_that_kernels_take(
     method: str, family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are as near to those of a float32 copy as the plain way's; the products and attention are the kernels'."""
-    called, call = set(), kernels.Kernels.call
-    monkeypatch.setattr(kernels.Kernels, "call", lambda *args: [called.add(args[1]), call(*args)])
+    called, call = set(), Library.call
+    monkeypatch.setattr(Library, "call", lambda *args: [called.add(args[1]), call(*args)])
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = adapted(family, method, torch.bfloat16, overrides=sizes | {"head_dim": 32}).train()
     chosen = long_and_short(7)
@@ -230,8 +232,8 @@ def test_gradients_in_bfloat16_at_sizes_that_kernels_take(
         assert fast.packs
         called.clear()
         found = gradients(model, fast_loss(fast, chosen))
-    if (kernel := kernels.of(torch.zeros(1, dtype=torch.bfloat16))) and kernel.strip:
-        assert {"product", "attention", "attention_backward"} <= called
+    if is_fast(torch.zeros(1, dtype=torch.bfloat16)):
+        assert {"linear", "varlen_attention", "varlen_attention_backward"} <= called
     assert found.keys() == expected.keys()
     for name, exact_gradient in expected.items():
         mine, theirs = ((g[name] - exact_gradient).norm() / exact_gradient.norm() for g in (found, plain))
@@ -335,4 +337,4 @@ def test_the_report_says_why_there_are_no_products() -> None:
     model = adapted("llama", "lora")
     with FastPaths(model) as fast:
         reason = fast.report["frozen linear"]
-        assert reason == ("turned off" if kernels.off else "the processor or the precision has none")
+        assert reason == ("turned off" if backends.disabled else "the processor or the precision has none")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm_adapters.ops.cpu import build as kernels
+from llm_adapters.ops import backends
 
 
 @pytest.fixture(autouse=True)
@@ -16,4 +16,4 @@ def one_thread():
 @pytest.fixture(params=["kernels", "torch"])
 def functions(request, monkeypatch):
     """Everything holds with the compiled functions, and with torch's in their place."""
-    monkeypatch.setattr(kernels, "off", request.param == "torch")
+    monkeypatch.setattr(backends, "disabled", request.param == "torch")

@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(
 ) -> None:
     from llm_adapters.ops import cross_entropy as head
 
-    monkeypatch.setattr(head, "head_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(head, "fused_linear_cross_entropy", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(WorkError, match="the loss is nan at step 1"):
         train(small(models["llama"]), tmp_path / "run", progress=False)
 

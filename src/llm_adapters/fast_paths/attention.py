@@ -59,10 +59,8 @@ def packed_attention(
     """
     _refuse(others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout:
-        parts = query[0], key[0], value[0]
-        return varlen_attention.attention_with_dropout(*parts, pack, scale, sliding_window, dropout)[None], None
-    return varlen_attention.PackedAttention.apply(query[0], key[0], value[0], pack, scale, sliding_window)[None], None
+    out = varlen_attention.varlen_attention(query[0], key[0], value[0], pack, scale, sliding_window, dropout)
+    return out[None], None
 
 
 def cached_attention(

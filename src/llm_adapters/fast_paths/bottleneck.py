@@ -8,7 +8,7 @@ from torch.nn import functional
 from llm_adapters.fast_paths.routing import Route
 from llm_adapters.ops.cpu import prepacked
 from llm_adapters.ops.dropout import sparse_dropout
-from llm_adapters.ops.packing import padded_size
+from llm_adapters.ops.sizes import padded_size
 
 _ROW_MULTIPLE = 16  # an adapter's rows are multiplied in such numbers (see `padded_size`)
 

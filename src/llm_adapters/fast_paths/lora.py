@@ -110,7 +110,8 @@ def inference_forward(layer: Any, route: Route | None, prepack: bool) -> Forward
 
     def computed(x: torch.Tensor) -> torch.Tensor:
         out = linear(x)
-        stack.add_(out, x, route)
-        return out
+        rows = x.numel() // x.shape[-1]
+        routed = (None, None) if route is None else (route.get(rows), route.runs(rows))
+        return stack.add_(out, x, *routed)
 
     return computed

@@ -14,6 +14,7 @@ from llm_adapters.fast_paths.patches import Patches
 from llm_adapters.fast_paths.routing import Route
 from llm_adapters.ops import backends
 from llm_adapters.ops.cpu.prepacked import PrepackedLinear
+from llm_adapters.ops.linear import is_fast
 
 TRAINING, INFERENCE = "training", "inference"
 BOTH = frozenset((TRAINING, INFERENCE))
@@ -112,8 +113,10 @@ def _install_linear(module: nn.Module, matched: Any, context: Context, patches: 
 
 
 def _no_linear(context: Context) -> str | None:
-    weights = (m.weight for m in context.base.modules() if type(m) is nn.Linear)
-    return backends.unsupported_reason(next(weights, next(context.base.parameters())), "linear")
+    weight = next(context.base.parameters())
+    if reason := backends.unsupported_reason(context.base.dtype, weight.device.type):
+        return reason
+    return None if is_fast(weight) else "the processor or the precision has none"
 
 
 def _match_bottleneck(module: nn.Module, context: Context) -> Any:

@@ -119,7 +119,7 @@ class FastPaths:
             return
         if self.base.device.type == "cpu":
             self.report["memory arena"] = ON if allocator.keep_memory() else "the C library has no mallopt"
-            self.report["C functions"] = backends.unsupported_reason(next(self.base.parameters())) or ON
+            self.report["C functions"] = backends.unsupported_reason(self.base.dtype) or ON
         context = Context(self.base, self.inference, self.merge, self.route)
         if self.inference:
             context.unpackable = prepacked.unsupported_reason(self.base)

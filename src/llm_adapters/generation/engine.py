@@ -27,9 +27,10 @@ from llm_adapters.fast_paths.session import FastPaths
 from llm_adapters.generation.decoding import BeamSearch, DecodingStrategy, Greedy
 from llm_adapters.generation.forward import forward_logits, learned_prefix
 from llm_adapters.ops.kv_cache import DecodeBatch, ForwardBatch, PagedCache, num_blocks
-from llm_adapters.ops.packing import Pack, common_prefix, rounded
+from llm_adapters.ops.packing import Pack, common_prefix
+from llm_adapters.ops.sizes import padded_size
 
-_ROW_STEP = 16  # tokens are computed in such numbers (see `packing.rounded`)
+_ROW_STEP = 16  # tokens are computed in such numbers (see `ops.sizes`)
 MAX_PREFILL_TOKENS = 1024  # of new prompts in one forward: more makes no product faster, and running requests wait
 
 FinishReason = Literal["stop", "length"]
@@ -293,7 +294,7 @@ class Engine:
             (prefills, vocabulary).
         """
         count = sum(tokens.numel() for _, tokens in proposed)
-        padding = rounded(count, _ROW_STEP) - count  # all in the first part, which has the fewest query tokens
+        padding = padded_size(count, _ROW_STEP) - count  # all in the first part, which has the fewest query tokens
         decodes, row = [], [torch.zeros(0, dtype=torch.int64, device=self._device)]
         for slots, tokens in proposed:
             decode = self._decode_batch(slots, tokens.shape[1], padding // tokens.shape[1])

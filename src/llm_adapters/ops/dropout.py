@@ -1,93 +1,85 @@
-"""Dropout whose random numbers cost little: they are what dropout costs on a CPU.
+"""Dropout whose mask is a seed: a hash of the seed and of an entry's number says if the entry is dropped.
 
-With kernels, a hash of a seed and of an entry's number says whether it is dropped, and nothing but the seed is kept.
-Without, one random number is drawn per dropped entry, not one per entry: the gaps between the dropped entries of
-independent draws are geometrically distributed, so drawing the gaps gives exactly the same noise for a twentieth of the
-numbers at p = 0.05.
+Nothing but the seed is kept for the backward pass, and random numbers, which are what dropout costs on a CPU, are not
+drawn. A backend's functions and the reference here drop the very same entries (`keep_mask` in csrc/numbers.h).
 """
 
-import math
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.cpu.allocator import empty
+from llm_adapters.ops.backends import function
+
+_BITS = 0xFFFFFFFF
 
 
-def drawn(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Which entries of `x` are dropped, each with probability `p` independently, as the functions below take it.
+def sample_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """A seed, int64 without dimensions, which says which entries of `x` are dropped, each with probability `p`.
 
-    A seed (no dimension), or the dropped ones' indices (one dimension). Draws from torch's own random state, so that
-    seeds, resuming and recomputation work as with torch's dropout.
+    It comes from torch's own random state on the device of `x`, so that seeds, resuming and recomputation work as with
+    torch's dropout, and stays on that device.
+
+    Raises:
+        ValueError: `p` is no probability above 0 and below 1, or `x` has more entries than the hash tells apart.
     """
-    if kernels.of(x) is None or x.numel() >= 2**32:  # the hash is of 32 bits
-        return dropped(x.numel(), p, x.device)
-    _checked(p)
-    return torch.randint(2**63 - 1, ())
-
-
-def drop(x: torch.Tensor, mask: torch.Tensor, p: float, scale: float = 1.0) -> torch.Tensor:
-    """``scale * x`` with the entries that are `drawn` set to zero; a new tensor."""
-    if mask.dim():
-        return blank(x * scale, mask)
-    x = x.contiguous()
-    out = empty(x, *x.shape)
-    _kernels(x).call("drop", x, out, x.numel(), int(mask), threshold(p), scale)
-    return out
-
-
-def add(out: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, p: float) -> None:
-    """Add to `out`, in place, the entries of `x` that are not `drawn`; `x` may be written to."""
-    if mask.dim():
-        out += blank(x, mask)
-    else:
-        _kernels(x).call("add_dropped", out, x, x.numel(), int(mask), threshold(p))
+    if not 0 < p < 1:
+        raise ValueError(f"p is {p}: a probability above 0 and below 1 is needed")
+    if x.numel() > 2**32:
+        raise ValueError(f"a tensor of {x.numel()} entries: dropout takes up to 2^32, use smaller batches")
+    return torch.randint(2**63 - 1, (), device=x.device)
 
 
 def threshold(p: float) -> int:
-    """The hashes below it mean that an entry is dropped."""
+    """The number of 32 bits below which a hash means that an entry is dropped."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
-def _kernels(x: torch.Tensor) -> kernels.Kernels:
-    found = kernels.of(x)
-    assert found is not None, "the mask was drawn for kernels"
-    return found
+def keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """True for the entries of `x` that are kept, bool, the shape of `x`.
 
-
-def _checked(p: float) -> None:
-    if not 0 < p < 1:
-        raise ValueError(f"p is {p}: a probability above 0 and below 1 is needed")
-
-
-def dropped(count: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Indices of the dropped ones of `count` entries, each dropped with probability `p` independently; ascending int32.
-
-    int32, as they are kept until the backward pass (int64 from 2^31 entries on).
+    MurmurHash3's last mixing step of the entry's number, with the seed's lower half before and its upper half within
+    it. int64 holds the 32-bit numbers; what products have beyond is cut off.
     """
-    _checked(p)
-    pieces: list[torch.Tensor] = []
-    start = 0
-    while start < count:
-        expected = (count - start) * p
-        draws = int(expected + 4 * math.sqrt(expected)) + 8
-        uniform = 1.0 - torch.rand(draws, dtype=torch.float64, device=device)  # (0, 1], so that the log is finite
-        gaps = (uniform.log_() / math.log1p(-p)).floor_().to(torch.int64)
-        found = start + (gaps + 1).cumsum(0) - 1
-        pieces.append(found)
-        start = int(found[-1]) + 1
-    found = torch.cat(pieces)
-    found = found[: int(torch.searchsorted(found, count))]
-    return found.to(torch.int32) if count < 2**31 else found
+    h = torch.arange(x.numel(), device=x.device)
+    h.add_(seed & _BITS).bitwise_and_(_BITS)
+    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(_BITS)
+    h.bitwise_xor_(seed >> 32)
+    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(_BITS)
+    h.bitwise_xor_(h >> 16)
+    return (h >= threshold(p)).view(x.shape)
 
 
-def blank(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`values` with the entries at the flat `indices` set to zero, in place."""
-    values.view(-1).index_fill_(0, indices.long(), 0)
-    return values
+def apply(x: torch.Tensor, seed: torch.Tensor, p: float, scale: float = 1.0) -> torch.Tensor:
+    """``scale * x`` with the entries set to zero that `seed` drops; a new tensor."""
+    if kernel := function("dropout", x):
+        return kernel(x, seed, p, scale)
+    return (x * scale).masked_fill_(~keep_mask(x, seed, p), 0)
 
 
-def sparse_dropout(x, p):
-    from llm_adapters.fast_paths.layers import CheapDropout
+def add_(out: torch.Tensor, x: torch.Tensor, seed: torch.Tensor, p: float) -> None:
+    """Add to `out`, in place, the entries of `x`, of the same shape, that `seed` does not drop."""
+    if kernel := function("dropout_add_", out):
+        kernel(out, x, seed, p)
+    else:
+        out.add_(x.masked_fill(~keep_mask(x, seed, p), 0))
 
-    return CheapDropout.apply(x, p)
+
+class _SparseDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        seed = sample_mask(x, p)
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        return apply(x, seed, p, 1.0 / (1.0 - p))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (seed,) = ctx.saved_tensors
+        return apply(gradients[0], seed, ctx.p, 1.0 / (1.0 - ctx.p)), None
+
+
+def sparse_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout of `x`, any shape, each entry with probability `p`, and what is kept times ``1 / (1 - p)``."""
+    return _SparseDropout.apply(x, p)

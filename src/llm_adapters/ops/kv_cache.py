@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llm_adapters.ops.cpu import build as kernels
-from llm_adapters.ops.packing import Once, Pack, rounded
+from llm_adapters.ops.backends import function
+from llm_adapters.ops.packing import Cached, Pack
+from llm_adapters.ops.sizes import padded_size
 
 BLOCK_SIZE = 64
-_BLOCK_STEP = 32  # blocks are multiplied in such numbers (see `packing.rounded`)
+_BLOCK_STEP = 32  # blocks are multiplied in such numbers (see `sizes.padded_size`)
 NULL_BLOCK = 0  # the block of no sequence, for what is computed and dropped
 
 
@@ -77,7 +78,7 @@ class PagedCache:
         capacity = len(self.block_owner)
         if 1 + blocks <= capacity:
             return
-        larger = rounded(1 + blocks if capacity == 1 else _enlarged(capacity, 1 + blocks), _BLOCK_STEP)
+        larger = padded_size(1 + blocks if capacity == 1 else _enlarged(capacity, 1 + blocks), _BLOCK_STEP)
         self._free += range(capacity, larger)  # the highest numbers come last: still a heap
         self.block_owner = nn.functional.pad(self.block_owner, (0, larger - capacity), value=-1)
         self.block_index = nn.functional.pad(self.block_index, (0, larger - capacity))
@@ -103,7 +104,7 @@ class PagedCache:
             block = heapq.heappop(self._free)
             self.block_table[seq, len(held)], self.block_owner[block], self.block_index[block] = block, seq, len(held)
             held.append(block)
-            self.num_used_blocks = max(self.num_used_blocks, rounded(block + 1, _BLOCK_STEP))
+            self.num_used_blocks = max(self.num_used_blocks, padded_size(block + 1, _BLOCK_STEP))
         if self.num_used_blocks > before:
             for layer in self.layers.values():
                 for part in layer:
@@ -131,7 +132,7 @@ class PagedCache:
     def compact(self) -> None:
         """Move blocks down where many below the highest one are free."""
         used = sum(map(len, self._held))
-        if self.num_used_blocks <= rounded(used + 1 + used // 8, _BLOCK_STEP):
+        if self.num_used_blocks <= padded_size(used + 1 + used // 8, _BLOCK_STEP):
             return
         owner_of = {block: (seq, index) for seq, held in enumerate(self._held) for index, block in enumerate(held)}
         highest = sorted((block for block in owner_of if block > used), reverse=True)
@@ -145,7 +146,7 @@ class PagedCache:
             seq, place = owner_of[old]
             self._held[seq][place] = new
             heapq.heappush(self._free, old)
-        self.num_used_blocks = rounded(used + 1, _BLOCK_STEP)
+        self.num_used_blocks = padded_size(used + 1, _BLOCK_STEP)
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for layer in self.layers.values():
@@ -202,7 +203,7 @@ def _enlarged(size: int, needed: int) -> int:
 
 
 @dataclass
-class DecodeBatch(Once):
+class DecodeBatch(Cached):
     """Tokens that go on from what some sequences hold, as many neighbours of each.
 
     Numbers that are known on the host are kept there, so that nothing has to wait for the device.
@@ -222,12 +223,12 @@ class DecodeBatch(Once):
     @property
     def seq_ids(self) -> torch.Tensor:
         """`seqs` on the device, (sequences,), int64."""
-        return self.once("seq_ids", lambda: torch.tensor(self.seqs, device=self.positions.device))
+        return self.cached("seq_ids", lambda: torch.tensor(self.seqs, device=self.positions.device))
 
     @property
     def adapter_ids(self) -> torch.Tensor:
         """`adapters` on the device, (sequences,), int64."""
-        return self.once("adapter_ids", lambda: torch.tensor(self.adapters, device=self.positions.device))
+        return self.cached("adapter_ids", lambda: torch.tensor(self.adapters, device=self.positions.device))
 
     def slot_mapping(self, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and offset in it of every token, (sequences * query tokens,) int64 each."""
@@ -237,7 +238,7 @@ class DecodeBatch(Once):
 
 
 @dataclass
-class ForwardBatch(Once):
+class ForwardBatch(Cached):
     """The row that one forward computes: tokens that go on, and then new prompts.
 
     Attributes:
@@ -277,7 +278,7 @@ class ForwardBatch(Once):
             blocks, offsets = zip(*found, strict=True)
             return torch.cat(blocks), torch.cat(offsets)
 
-        return self.once("slot_mapping", make)
+        return self.cached("slot_mapping", make)
 
 
 def store(layer: int, key: torch.Tensor, value: torch.Tensor, batch: ForwardBatch) -> None:
@@ -295,7 +296,7 @@ def store(layer: int, key: torch.Tensor, value: torch.Tensor, batch: ForwardBatc
     blocks, offsets = batch.slot_mapping()
     for stored, part in zip(cache.layer(layer, key, value), (key, value), strict=True):
         rows = part.transpose(0, 1)
-        if kernel := kernels.of(part):
-            kernel.call("store", rows.contiguous(), stored, blocks, offsets, stored.shape[2], *rows.shape)
+        if kernel := function("store_kv", part):
+            kernel(rows, stored, blocks, offsets)
         else:
             stored[blocks, :, offsets] = rows

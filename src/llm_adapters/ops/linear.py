@@ -1,149 +1,152 @@
-"""Products of many rows with frozen weights, a LoRA's beside them in the same pass, and the gradients of its matrices.
-
-With kernels where the processor multiplies pairs of bfloat16; elsewhere with torch's functions.
-"""
+"""Linear layers with frozen weights, a LoRA in the same pass, and the gradients of its matrices."""
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from llm_adapters.ops import dropout
-from llm_adapters.ops.cpu import build as kernels
+from llm_adapters.ops.backends import for_tensor, function
 from llm_adapters.ops.cpu.allocator import empty
 
-NOWHERE, BEFORE, AFTER = range(3)  # where a LoRA's dropout acts, as in csrc/products.c
-_FEWEST = 64  # rows for which it is worth laying out a weight
-_WIDEST = 12288  # beyond, a piece of the weight is in no cache, and too much for a thread's stack
 
-
-class Added(NamedTuple):
-    """A LoRA beside a product: ``x down up``, x dropped before or the result after.
+class LoraBranch(NamedTuple):
+    """A LoRA beside a linear layer: ``(x a^T) b^T``, with dropout of x before or of the result after.
 
     Args:
-        down: (in, rank), of any precision, and a factor.
-        up: (rank, width), likewise.
-        mask: what is dropped, as `dropout.drawn` gives it; None for nothing.
-        p: with what probability.
-        at: `BEFORE` or `AFTER`.
+        a: (rank, in_features), of any precision.
+        b: (out_features, rank), likewise.
+        a_scale: a factor of `a`.
+        b_scale: a factor of `b`.
+        seed: of dropout, as `dropout.sample_mask` gives it; None for none.
+        p: its probability.
+        drops_input: it acts on x (as in a forward pass), and not on the result (as in the backward pass of one).
     """
 
-    down: tuple[torch.Tensor, float]
-    up: tuple[torch.Tensor, float]
-    mask: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    a_scale: float
+    b_scale: float
+    seed: torch.Tensor | None
     p: float
-    at: int
+    drops_input: bool
 
 
-def _seed(mask: torch.Tensor | None, p: float, at: int) -> tuple[int, int, int]:
-    return (0, 0, NOWHERE) if mask is None else (int(mask), dropout.threshold(p), at)
-
-
-def product(
+def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x weight + bias``, (rows, width).
+    """``x weight^T + bias``, without autograd.
 
     Args:
-        x: (rows, in).
-        weight: (in, width), a matrix in one piece or the transpose of one.
-        bias: (width,) or None.
-        out: where to write it; None for a new tensor.
+        x: (rows, in_features).
+        weight: (out_features, in_features), fastest if contiguous or the transpose of a contiguous one.
+        bias: (out_features,) or None.
+        out: (rows, out_features), where to write it; None for a new tensor.
+
+    Returns:
+        (rows, out_features).
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
-    out = empty(x, len(x), weight.shape[1]) if out is None else out
     _check(x, weight, bias, out)
-    if kernel := _kernel(x, *weight.shape):
-        _by(kernel, x, weight, bias, out, (None, None, None, 0), (0, 0, NOWHERE))
-        return out
-    return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+    out = empty(x, len(x), len(weight)) if out is None else out
+    if kernel := function("linear", x, *weight.t().shape):
+        return kernel(x, weight, bias, out)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def product_with(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: Added
+def linear_lora(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, branch: LoraBranch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`product` with what is `added`, and what is between its two matrices, in the precision of x.
+    """`linear` with a LoRA in the same pass.
 
-    The latter is (rows, rank), or wider, with zeros, where the kernels want that.
+    Returns:
+        The result, (rows, out_features), and x a^T in the precision of x, (rows, rank), or wider, with zeros, where a
+        backend works with round sizes.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
-    kernel, (down, up, mask, p, at) = _kernel(x, *weight.shape), added
-    if (len(down[0]), up[0].shape[1]) != weight.shape or down[0].shape[1] != len(up[0]):
-        raise ValueError(f"a LoRA of {_shapes(down[0], up[0])} beside a weight of {_shapes(weight)}")
     _check(x, weight, bias)
-    if kernel and (mask is None or not mask.dim()) and down[0].dtype == up[0].dtype == torch.float32:
-        rows, width, rank = len(x), weight.shape[1], up[0].shape[0]
-        out, middle = empty(x, rows, width), empty(x, -(-rows // kernel.strip) * kernel.strip, whole(rank))
-        pairs = [paired(*part, x.new_empty(*map(whole, part[0].shape))) for part in (down, up)]
-        _by(kernel, x, weight, bias, out, (*pairs, middle, whole(rank)), _seed(mask, p, at))
-        return out, middle[:rows]
-    out = functional.linear(x, weight.t(), bias)
-    first, second = ((part * factor).to(x.dtype) for part, factor in (down, up))
-    middle = (x if mask is None or at == AFTER else dropout.drop(x, mask, p)) @ first
-    if mask is None or at == BEFORE:
-        return out.addmm_(middle, second), middle
-    dropout.add(out, middle @ second, mask, p)
-    return out, middle
+    a, b, a_scale, b_scale, seed, p, drops_input = branch
+    if (len(b), a.shape[1]) != weight.shape or len(a) != b.shape[1]:
+        raise ValueError(f"a LoRA of {_shapes(a, b)} beside a weight of {_shapes(weight)}")
+    if kernel := function("linear_lora", x, *weight.t().shape, branch):
+        return kernel(x, weight, bias, branch)
+    out = functional.linear(x, weight, bias)
+    dropped = dropout.apply(x, seed, p) if seed is not None and drops_input else x
+    lora_hidden = dropped @ (a.t() * a_scale).to(x.dtype)
+    lora_out = (b.t() * b_scale).to(x.dtype)
+    if seed is None or drops_input:
+        return out.addmm_(lora_hidden, lora_out), lora_hidden
+    dropout.add_(out, lora_hidden @ lora_out, seed, p)
+    return out, lora_hidden
 
 
-def _by(
-    kernel: kernels.Kernels,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    lora: tuple[Any, ...],
-    seed: tuple[int, int, int],
-) -> None:
-    """The kernel's product; `lora`: both matrices, what is between them, and its width."""
-    across = not weight.is_contiguous()
-    matrix = (weight.t() if across else weight).contiguous()
-    *tensors, rank = lora
-    kernel.call("product", x.contiguous(), matrix, bias, out, *tensors, len(x), *weight.shape, rank, across, *seed)
-
-
-def outer(
-    left: torch.Tensor,
-    x: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None = None,
-    p: float = 0.0,
+def grad_weight(
+    left: torch.Tensor, x: torch.Tensor, scale: float, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:
-    """``scale * left^T x``, with the entries of `x` dropped that `mask` says.
+    """``scale * left^T x``, the gradient of a LoRA's matrix, with the entries of `x` dropped that `seed` drops.
 
     Args:
         left: (rows, rank).
         x: (rows, width).
         scale: a factor.
-        mask: as `dropout.drawn` gives it; None for nothing.
+        seed: as `dropout.sample_mask` gives it; None for nothing.
         p: with what probability.
 
     Returns:
         (rank, width), float32.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
-    (rows, rank), width = left.shape, x.shape[1]
-    if len(x) != rows:
-        raise ValueError(f"an outer product of {_shapes(left, x)}: their rows are not as many")
-    kernel = _kernel(x, rank, width)
-    if kernel is None or not (mask is None or not mask.dim()):
-        seen = x if mask is None else dropout.drop(x, mask, p)
-        return (left.t() @ seen).to(torch.float32).mul_(scale)
-    out, pairs = x.new_empty(rank, width, dtype=torch.float32), x.new_empty((rows + 1) // 2 * 2 * rank)
-    sizes = rows, rank, width
-    kernel.call("outer", left.contiguous(), x.contiguous(), pairs, out, *sizes, *_seed(mask, p, BEFORE), scale)
-    return out
+    if len(x) != len(left):
+        raise ValueError(f"a gradient of {_shapes(left, x)}: their rows are not as many")
+    if kernel := function("grad_weight", x, left.shape[1], x.shape[1]):
+        return kernel(left, x, scale, seed, p)
+    dropped = x if seed is None else dropout.apply(x, seed, p)
+    return (left.t() @ dropped).to(torch.float32).mul_(scale)
 
 
-def _kernel(x: torch.Tensor, into: int, width: int) -> kernels.Kernels | None:
-    """The kernels, if they have products and these sizes are theirs."""
-    kernel = kernels.of(x)
-    if kernel is None or not kernel.strip or len(x) < _FEWEST or into > _WIDEST or into % 32 or width % 32:
-        return None
-    return kernel
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return with_shape(linear(x.reshape(-1, x.shape[-1]), weight, bias), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        grad = gradients[0]
+        return with_shape(linear(grad.reshape(-1, grad.shape[-1]), weight.t()), grad), None, None
 
 
-def shaped(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`out` (rows, width), a tensor of its own, with the dimensions of `like` but the last.
+def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x weight^T + bias`` with both frozen: only x gets a gradient.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features), of the precision of `x`.
+        bias: (out_features,) or None.
+
+    Returns:
+        (..., out_features).
+    """
+    return _FrozenLinear.apply(x, weight, bias)
+
+
+def is_fast(weight: torch.Tensor) -> bool:
+    """True if a backend has a faster product for this weight, (out_features, in_features), than torch."""
+    backend = for_tensor(weight)
+    return backend is not None and backend.has_fast_linear(weight)
+
+
+def with_shape(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`out` (rows, out_features), a tensor of its own, with the dimensions of `like` but the last.
 
     Not a view, as what a custom function returns may be changed in place (OLMo clamps its queries) only if it is none.
     """
@@ -151,78 +154,10 @@ def shaped(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None) -> None:
-    """A kernel would read and write beyond the end of what does not fit."""
-    (rows, into), width = x.shape, weight.shape[1]
-    wrong = into != len(weight) or (bias is not None and bias.shape != (width,))
-    if wrong or (out is not None and out.shape != (rows, width)):
-        raise ValueError(f"a product of {_shapes(x, weight)} with a bias of {_shapes(bias)} for {_shapes(out)}")
+    wrong = x.shape[1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1])
+    if wrong or (out is not None and out.shape != (len(x), len(weight))):
+        raise ValueError(f"a linear layer of {_shapes(x, weight)} with a bias of {_shapes(bias)} for {_shapes(out)}")
 
 
 def _shapes(*tensors: torch.Tensor | None) -> str:
     return " and ".join("none" if tensor is None else str(tuple(tensor.shape)) for tensor in tensors)
-
-
-def whole(size: int) -> int:
-    """The next size that the kernels take."""
-    return -(-size // 32) * 32
-
-
-def paired(matrix: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
-    """Write `factor` times a matrix to `out`, in the order that the kernels read; returns that.
-
-    Args:
-        matrix: float32, (rows, columns).
-        factor: a number.
-        out: of `whole` sizes, zeros where the matrix does not reach.
-    """
-    kernel = kernels.of(out)
-    assert kernel is not None
-    if not matrix.t().is_contiguous():
-        matrix = matrix.contiguous()
-    sizes = *matrix.shape, *matrix.stride(), *out.shape
-    kernel.call("pair", matrix if matrix.is_contiguous() else matrix.t(), out, *sizes, float(factor))
-    return out
-
-
-class _Linear(torch.autograd.Function):
-    """``x W^T + b`` with both frozen."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return shaped(product(x.reshape(-1, x.shape[-1]), weight.t(), bias), x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        grad = gradients[0]
-        return shaped(product(grad.reshape(-1, grad.shape[-1]), weight), grad), None, None
-
-
-def _is_trained(layer: nn.Module) -> bool:
-    return any(p.requires_grad for p in layer.parameters(recurse=False))
-
-
-def takes(layer: nn.Module) -> bool:
-    """Whether `layer` is a frozen linear layer that `linear_forward` makes faster."""
-    if type(layer) is not nn.Linear or _is_trained(layer) or "forward" in vars(layer):
-        return False
-    kernel = kernels.of(layer.weight)
-    return kernel is not None and bool(kernel.strip)
-
-
-def linear_forward(layer: Any, own: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer whose weights are frozen; `own` is its forward, for whatever this one does not do."""
-    if x.dtype != layer.weight.dtype or torch.is_autocast_enabled(x.device.type) or _is_trained(layer):
-        return own(x)
-    return _Linear.apply(x, layer.weight, layer.bias)
-
-
-def is_fast(weight):
-    kernel = kernels.of(weight)
-    return kernel is not None and bool(kernel.strip)
-
-
-def frozen_linear(x, w, b):
-    return _Linear.apply(x, w, b)

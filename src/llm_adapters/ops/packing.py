@@ -4,28 +4,24 @@ A segment (what is left of one sequence) sees the shared prefix and itself, noth
 the prefix, so that every token gets exactly what it would get in a sequence of its own.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# Sizes come in steps. A CPU's matrix products are compiled and kept for every new shape: many shapes cost time, and
-# memory that looks like a leak.
-_TOKENS, _LONGEST = 32, 16
-_ALIKE = 0.7  # of the longest in a band, the least that a segment may have: a round number, not a measured one
+from llm_adapters.ops.sizes import padded_size
+
+_TOKENS, _SEQLEN = 32, 16  # steps of sizes, see `sizes`
+_ALIKE = 0.7  # of the longest in a bucket, the least that a segment may have: a round number, not a measured one
 
 
-def rounded(count: int, step: int) -> int:
-    """The next size up that is a multiple of `step`, or below it a power of two."""
-    return -(-count // step) * step if count > step else 1 << max(0, count - 1).bit_length()
+class Cached:
+    """An object that makes once what every layer asks it for."""
 
-
-class Once:
-    """Makes once what every layer asks for."""
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returned when `key` was first asked for."""
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The result of `make` when `key` was first asked for."""
         kept = vars(self).setdefault("_kept", {})
         if key not in kept:
             kept[key] = make()
@@ -33,8 +29,10 @@ class Once:
 
 
 @dataclass
-class Pack(Once):
-    """One row of tokens: the shared prefix, then the segments, then fillers that see nothing and that nobody sees.
+class Pack(Cached):
+    """One row of tokens: the shared prefix, then the segments, then padding that sees nothing and that nobody sees.
+
+    Tensors that attention needs besides are made once, on the pack's device, when they are first asked for.
 
     Attributes:
         input_ids: (1, tokens), int64.
@@ -52,81 +50,85 @@ class Pack(Once):
     def of(
         cls, sequences: Sequence[Sequence[int]], prefix: int = 0, device: torch.device | str | None = None
     ) -> "Pack":
-        """Lay `sequences` end to end, the first `prefix` tokens of all of them, which must be the same, once."""
+        """Lay `sequences` end to end, the first `prefix` tokens of all of them, which must be the same, once.
+
+        Raises:
+            ValueError: a sequence has no token beside the prefix.
+        """
         lengths = tuple(len(sequence) - prefix for sequence in sequences)
         if min(lengths) < 1:
             raise ValueError(f"a sequence of {prefix + min(lengths)} tokens has none beside a prefix of {prefix}")
         row = [*sequences[0][:prefix], *(token for sequence in sequences for token in sequence[prefix:])]
-        positions = [*range(prefix), *(at for length in lengths for at in range(prefix, prefix + length))]
-        fillers = [0] * (rounded(len(row), _TOKENS) - len(row))
-        row, positions = row + fillers, positions + fillers
+        positions = [*range(prefix), *(position for length in lengths for position in range(prefix, prefix + length))]
+        padding = [0] * (padded_size(len(row), _TOKENS) - len(row))
+        row, positions = row + padding, positions + padding
         return cls(torch.tensor([row], device=device), torch.tensor([positions], device=device), prefix, lengths)
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed, the fillers counted."""
+        """Tokens that are computed, the padding counted."""
         return self.input_ids.shape[1]
 
     @property
     def end(self) -> int:
-        """Where in the row the fillers begin."""
+        """The place in the row where the padding begins."""
         return self.prefix + sum(self.lengths)
 
     @property
     def starts(self) -> list[int]:
-        """Where in the row each segment begins."""
-        starts, at = [], self.prefix
-        for length in self.lengths:
-            starts.append(at)
-            at += length
-        return starts
+        """The place in the row where each segment begins."""
+        return [*itertools.accumulate(self.lengths[:-1], initial=self.prefix)]
 
     @property
-    def spans(self) -> torch.Tensor:
-        """(1 + segments, 3), int64: where the prefix and each segment begin and end, and what they see before."""
+    def max_seqlen(self) -> int:
+        """Tokens of the longest segment."""
+        return max(self.lengths)
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """(2 + segments,), int32: the places where the prefix (the first of them) and the segments begin and end."""
 
         def make() -> torch.Tensor:
-            ends = zip(self.starts, self.lengths, strict=True)
-            rows = [(0, self.prefix, 0), *((at, at + size, self.prefix) for at, size in ends)]
-            return torch.tensor(rows, device="cpu")
+            ends = itertools.accumulate(self.lengths, initial=self.prefix)
+            return torch.tensor([0, *ends], dtype=torch.int32, device=self.input_ids.device)
 
-        return self.once("spans", make)
+        return self.cached("cu_seqlens", make)
 
     @property
-    def bands(self) -> tuple["Band", ...]:
-        """The segments in runs of neighbours of about the same length, for attention."""
+    def buckets(self) -> tuple["LengthBucket", ...]:
+        """The segments in runs of neighbours of about the same length, for attention that pads."""
 
-        def make() -> tuple[Band, ...]:
+        def make() -> tuple[LengthBucket, ...]:
             runs: list[list[int]] = []
             for length in self.lengths:
                 if runs and _alike([*runs[-1], length]):
                     runs[-1].append(length)
                 else:
                     runs.append([length])
-            bands: list[Band] = []
+            buckets: list[LengthBucket] = []
             for run in runs:
-                start = bands[-1].end if bands else self.prefix
-                bands.append(Band(self.prefix, start, tuple(run), self.input_ids.device))
-            return tuple(bands)
+                start = buckets[-1].end if buckets else self.prefix
+                buckets.append(LengthBucket(self.prefix, start, tuple(run), self.input_ids.device))
+            return tuple(buckets)
 
-        return self.once("bands", make)
+        return self.cached("buckets", make)
 
-    def visible(self, window: int | None) -> "Visible":
-        """What the tokens of the shared prefix see, as of one segment."""
+    def causal_mask(self, window: int | None) -> "CausalMask":
+        """The mask of the shared prefix, as of one segment."""
 
-        def make() -> Visible:
-            return Visible(torch.tensor([self.prefix], device=self.input_ids.device), 0, self.prefix, window)
+        def make() -> CausalMask:
+            return CausalMask(torch.tensor([self.prefix], device=self.input_ids.device), 0, self.prefix, window)
 
-        return self.once(("visible", window), make)
+        return self.cached(("causal mask", window), make)
 
 
 @dataclass
-class Band(Once):
-    """Segments of a pack that stand next to each other and that attention pads to one length.
+class LengthBucket(Cached):
+    """Neighbouring segments of a pack that attention pads to one length.
 
     Attributes:
         prefix: tokens of the pack's shared prefix.
-        start: where in the row the first segment begins.
+        start: the place in the row where the first segment begins.
         lengths: tokens of each segment.
         device: of the pack.
     """
@@ -138,54 +140,54 @@ class Band(Once):
 
     @property
     def end(self) -> int:
-        """Where in the row the last segment ends."""
+        """The place in the row where the last segment ends."""
         return self.start + sum(self.lengths)
 
     @property
-    def longest(self) -> int:
-        """To so many tokens attention pads every segment."""
-        return rounded(max(self.lengths), _LONGEST)
+    def padded_length(self) -> int:
+        """Tokens to which attention pads every segment."""
+        return padded_size(max(self.lengths), _SEQLEN)
 
-    def places(self, heads: int, groups: int, before: bool) -> torch.Tensor:
-        """Where in the rows (tokens * heads) each padded place is, in the order (segments, groups, heads of each, ...).
+    def gather_index(self, heads: int, groups: int, with_prefix: bool) -> torch.Tensor:
+        """The row (of tokens * heads) in each padded place, in the order (segments, groups, heads of each, ...).
 
         Args:
             heads: heads in each group.
             groups: groups of heads.
-            before: whether each segment begins with the shared prefix.
+            with_prefix: each segment begins with the shared prefix.
 
         Returns:
-            (segments * groups * heads * (prefix if before, and longest),), int64; padding points at a real token.
+            (segments * groups * heads * ([prefix +] padded_length),), int64; padding points at a real token.
         """
 
         def make() -> torch.Tensor:
             lengths = self._lengths()[:, None]
             starts = self.start + lengths.cumsum(0) - lengths
-            own = torch.arange(self.longest, device=self.device)
+            own = torch.arange(self.padded_length, device=self.device)
             own = starts + torch.where(own < lengths, own, 0)
-            if before:
+            if with_prefix:
                 first = torch.arange(self.prefix, device=self.device).expand(len(self.lengths), -1)
                 own = torch.cat((first, own), 1)
             head = torch.arange(groups * heads, device=self.device)[:, None]
             return (own[:, None] * (groups * heads) + head).flatten()
 
-        return self.once(("places", heads, groups, before), make)
+        return self.cached(("gather index", heads, groups, with_prefix), make)
 
     def padding(self, heads: int) -> torch.Tensor:
-        """Which of `places` (without the prefix) are padding."""
+        """Boolean mask of the places of `gather_index` (without the prefix): True where they are padding."""
 
         def make() -> torch.Tensor:
-            padded = torch.arange(self.longest, device=self.device) >= self._lengths()[:, None]
-            return padded[:, None].expand(-1, heads, -1).flatten().nonzero().flatten()
+            padded = torch.arange(self.padded_length, device=self.device) >= self._lengths()[:, None]
+            return padded[:, None].expand(-1, heads, -1).flatten()
 
-        return self.once(("padding", heads), make)
+        return self.cached(("padding", heads), make)
 
-    def back(self, heads: int, before: bool) -> torch.Tensor:
-        """The way back: for every row (segment tokens * heads), its index in the order of `places`."""
+    def scatter_index(self, heads: int, with_prefix: bool) -> torch.Tensor:
+        """The way back: for every row (segment tokens * heads), its place in the order of `gather_index`."""
 
         def make() -> torch.Tensor:
-            skip = self.prefix if before else 0
-            columns = self.longest + skip
+            skip = self.prefix if with_prefix else 0
+            columns = self.padded_length + skip
             parts = [
                 (torch.arange(length, device=self.device)[:, None] + skip)
                 + (index * heads + torch.arange(heads, device=self.device)) * columns
@@ -193,54 +195,55 @@ class Band(Once):
             ]
             return torch.cat(parts).flatten()
 
-        return self.once(("back", heads, before), make)
+        return self.cached(("scatter index", heads, with_prefix), make)
 
-    def visible(self, window: int | None) -> "Visible":
-        """What its tokens see. With a `window`, themselves and the ``window - 1`` tokens before; None: all before."""
-        return self.once(("visible", window), lambda: Visible(self._lengths(), self.prefix, self.longest, window))
+    def causal_mask(self, window: int | None) -> "CausalMask":
+        """The mask of its segments. With a `window` a token sees itself and the ``window - 1`` tokens before it."""
+        mask = lambda: CausalMask(self._lengths(), self.prefix, self.padded_length, window)  # noqa: E731
+        return self.cached(("causal mask", window), mask)
 
     def _lengths(self) -> torch.Tensor:
         return torch.tensor(self.lengths, device=self.device)
 
 
 @dataclass
-class Visible(Once):
-    """What the rows of padded segments see, whose columns are the shared prefix and then the segment's own tokens.
+class CausalMask(Cached):
+    """The causal mask of padded segments, whose columns are the shared prefix and then the segment's own tokens.
 
     Attributes:
         lengths: (segments,), int64: tokens of each.
         prefix: tokens of the shared prefix.
-        longest: to so many tokens each segment is padded.
+        padded_length: tokens to which each segment is padded.
         window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
     """
 
     lengths: torch.Tensor
     prefix: int
-    longest: int
+    padded_length: int
     window: int | None
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """What is added to the scores, (segments, longest, prefix + longest): 0 where a token may look."""
+        """Additive mask, (segments, padded_length, prefix + padded_length): 0 where a token may look."""
 
         def make() -> torch.Tensor:
             device = self.lengths.device
-            positions = torch.arange(self.prefix + self.longest, device=device)
-            real = torch.arange(self.longest, device=device) < self.lengths[:, None]
+            positions = torch.arange(self.prefix + self.padded_length, device=device)
+            real = torch.arange(self.padded_length, device=device) < self.lengths[:, None]
             seen = causal(positions[self.prefix :], positions, self.window).expand(len(real), -1, -1).clone()
             seen[:, :, self.prefix :] &= real[:, None, :]
             seen[:, :, self.prefix] |= ~real  # a padded place sees something, so that its softmax is a number
             return additive(seen, dtype)
 
-        return self.once(("bias", dtype), make)
+        return self.cached(("bias", dtype), make)
 
 
 def _alike(lengths: Sequence[int]) -> bool:
-    """Whether segments of these lengths are padded to one, or else computed apart."""
-    return max(lengths) <= 2 * _LONGEST or min(lengths) >= _ALIKE * max(lengths)
+    """True if segments of these lengths are padded to one, and not computed apart."""
+    return max(lengths) <= 2 * _SEQLEN or min(lengths) >= _ALIKE * max(lengths)
 
 
 def causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which of the positions `keys` each of the positions `queries` sees, (queries, keys): those up to its own.
+    """Boolean mask (queries, keys): True where a position of `queries` sees one of `keys`, those up to its own.
 
     With a `window`, no more than the last so many of them.
     """
@@ -256,7 +259,7 @@ def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all `sequences` begin with; at least one is left of each (0 for a single sequence)."""
+    """Number of tokens that all `sequences` begin with; at least one is left of each (0 for a single sequence)."""
     if len(sequences) < 2:
         return 0
     # What the first and the last in alphabetical order share, all between them share.
@@ -269,21 +272,23 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, sequences)) - 1)
 
 
-def split(lengths: Sequence[int], prefix: int, budget: int, most: int | None = None) -> list[list[int]]:
+def make_packs(
+    lengths: Sequence[int], prefix: int, max_tokens: int, max_sequences: int | None = None
+) -> list[list[int]]:
     """Cut sequences of these `lengths` into packs of about equal size and of neighbours in length.
 
     Args:
         lengths: tokens of each sequence, the prefix counted.
         prefix: tokens that all share and that a pack holds once.
-        budget: the most tokens of a pack; a longer sequence gets a pack of its own.
-        most: the most sequences of a pack; None for no limit.
+        max_tokens: of a pack; a longer sequence gets a pack of its own.
+        max_sequences: of a pack; None for no limit.
 
     Returns:
         For each pack the indices of its sequences, longest first.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     left = sum(length - prefix for length in lengths)
-    count = max(1, -(-left // max(1, budget - prefix)))
+    count = max(1, -(-left // max(1, max_tokens - prefix)))
     packs: list[list[int]] = []
     while order:
         # Equal shares of what is left: a small last pack would waste the machine.
@@ -292,7 +297,7 @@ def split(lengths: Sequence[int], prefix: int, budget: int, most: int | None = N
         size = 0
         for index in order:
             more = lengths[index] - prefix
-            full = prefix + size + more > budget or size + more / 2 > share or len(pack) == most
+            full = prefix + size + more > max_tokens or size + more / 2 > share or len(pack) == max_sequences
             if pack and full:
                 break
             pack.append(index)
@@ -300,6 +305,3 @@ def split(lengths: Sequence[int], prefix: int, budget: int, most: int | None = N
         packs.append(pack)
         order, left = order[len(pack) :], left - size
     return packs
-
-
-padded_size = rounded

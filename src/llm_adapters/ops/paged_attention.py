@@ -9,10 +9,11 @@ import functools
 
 import torch
 
-from llm_adapters.ops import varlen_attention
-from llm_adapters.ops.cpu import build as kernels
+from llm_adapters.ops import padded_attention
+from llm_adapters.ops.backends import function
 from llm_adapters.ops.kv_cache import _BLOCK_STEP, BLOCK_SIZE, NULL_BLOCK, DecodeBatch, ForwardBatch, PagedCache, store
-from llm_adapters.ops.packing import Band, additive, rounded
+from llm_adapters.ops.packing import LengthBucket, additive
+from llm_adapters.ops.sizes import padded_size
 
 
 def cached_attention(
@@ -69,19 +70,19 @@ def _prefill_attention(
     assert pack is not None
     (num_heads, _, head_dim), num_kv_heads = query.shape, len(key)
     flat = (query.transpose(0, 1) * scale).reshape(-1, head_dim)
-    for number, bucket in enumerate(pack.bands):
+    for number, bucket in enumerate(pack.buckets):
         make = functools.partial(_query_index, bucket, num_heads, num_kv_heads)
-        index = batch.once(("queries", number, num_heads, num_kv_heads), make)
+        index = batch.cached(("queries", number, num_heads, num_kv_heads), make)
         queries = flat.index_select(0, index).view(len(bucket.lengths) * num_kv_heads, -1, head_dim)
-        keys, values = (varlen_attention.with_prefix(part, bucket) for part in (key, value))
-        found, _ = varlen_attention.attend(queries, keys, values, bucket.visible(window))
-        varlen_attention.scatter(found, bucket, out[bucket.start - pack.prefix : bucket.end - pack.prefix])
+        keys, values = (padded_attention.with_prefix(part, bucket) for part in (key, value))
+        found, _ = padded_attention.attend(queries, keys, values, bucket.causal_mask(window))
+        padded_attention.scatter(found, bucket, out[bucket.start - pack.prefix : bucket.end - pack.prefix])
     out[pack.end - pack.prefix :] = 0
 
 
-def _query_index(bucket: Band, num_heads: int, num_kv_heads: int) -> torch.Tensor:
+def _query_index(bucket: LengthBucket, num_heads: int, num_kv_heads: int) -> torch.Tensor:
     """Where the queries of `bucket` are in a row that begins after the shared prefix."""
-    return bucket.places(num_heads // num_kv_heads, num_kv_heads, before=False) - bucket.prefix * num_heads
+    return bucket.gather_index(num_heads // num_kv_heads, num_kv_heads, with_prefix=False) - bucket.prefix * num_heads
 
 
 def decode_attention(
@@ -100,18 +101,10 @@ def decode_attention(
     Returns:
         (tokens, heads, head_dim).
     """
-    count, num_query_tokens = batch.positions.shape
-    num_heads, _, head_dim = query.shape
     keys, values = cache.layers[layer]
-    if (kernel := kernels.of(query)) and values.shape[-1] == head_dim:
-        prefixes = cache.prefixes_of(layer) or (None, None)
-        rows = query.transpose(0, 1).contiguous()
-        out = torch.empty_like(rows)
-        sizes = count, num_query_tokens, num_heads, keys.shape[1], head_dim, keys.shape[2]
-        index = batch.adapter_ids, cache.block_table, batch.seq_ids, batch.positions.contiguous()
-        ends = cache.prefix, cache.block_table.shape[1], float(scale), window or 0
-        kernel.call("decode", rows, keys, values, *prefixes, *index, out, *sizes, *ends)
-        return out
+    if kernel := function("paged_attention", query, keys, values):
+        places = batch.adapter_ids, cache.block_table, batch.seq_ids, batch.positions
+        return kernel(query.transpose(0, 1), keys, values, cache.prefixes_of(layer), *places, scale, window)
     return _decode_reference(layer, query, cache, batch, scale, window)
 
 
@@ -142,7 +135,7 @@ def _decode_reference(
     by_block = scores[:, :, :columns].unflatten(-1, (max_blocks, BLOCK_SIZE))
 
     # Scores of the blocks. A block of nobody takes the last sequence's queries: its results go to the row after it.
-    asking = batch.once("asking", lambda: owner.clamp(max=count - 1))
+    asking = batch.cached("asking", lambda: owner.clamp(max=count - 1))
     block_queries = queries.index_select(0, asking).view(num_owned * num_kv_heads, -1, head_dim)
     products = torch.bmm(block_queries, keys.flatten(0, 1).transpose(1, 2))
     by_block[owner, :, index] = products.view(num_owned, -1, BLOCK_SIZE)
@@ -191,12 +184,12 @@ def _visible_blocks(
         owner, index = row_of[cache.block_owner[: cache.num_used_blocks]], cache.block_index[: cache.num_used_blocks]
         chosen, size = None, sum(map(len, held))
         if 2 * size < cache.num_used_blocks:
-            padding = [NULL_BLOCK] * (rounded(size, _BLOCK_STEP) - size)
+            padding = [NULL_BLOCK] * (padded_size(size, _BLOCK_STEP) - size)
             chosen = torch.tensor(sorted(block for blocks in held for block in blocks) + padding, device=device)
             owner, index = owner[chosen], index[chosen]
         return chosen, owner, torch.where(owner < count, index, 0), max(map(len, held), default=1)
 
-    return batch.once("visible_blocks", make)
+    return batch.cached("visible_blocks", make)
 
 
 def _by_adapter(batch: DecodeBatch) -> list[tuple[int, torch.Tensor]]:
@@ -208,7 +201,7 @@ def _by_adapter(batch: DecodeBatch) -> list[tuple[int, torch.Tensor]]:
             rows.setdefault(adapter, []).append(row)
         return [(adapter, torch.tensor(rows[adapter], device=batch.positions.device)) for adapter in sorted(rows)]
 
-    return batch.once("by_adapter", make)
+    return batch.cached("by_adapter", make)
 
 
 def _attn_bias(batch: DecodeBatch, cache: PagedCache, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -227,4 +220,4 @@ def _attn_bias(batch: DecodeBatch, cache: PagedCache, window: int | None, dtype:
         visible[..., 0] |= ~batch.valid  # a token that is dropped sees something, so that its softmax is a number
         return additive(torch.cat((visible, visible.new_ones(1, *visible.shape[1:]))), dtype)[:, None]
 
-    return batch.once(("attn_bias", window, dtype), make)
+    return batch.cached(("attn_bias", window, dtype), make)

@@ -10,7 +10,7 @@ from llm_adapters.tasks.templates import IGNORED, Encoded
 if TYPE_CHECKING:
     import torch
 
-    from llm_adapters.fast_paths import Pack
+    from llm_adapters.ops.packing import Pack
 
 
 @dataclass
@@ -72,9 +72,9 @@ class Collator:
         """Divide `examples` into micro-batches."""
         lengths = [len(example.input_ids) for example in examples]
         if self.packed:
-            from llm_adapters.fast_paths import split
+            from llm_adapters.ops.packing import make_packs
 
-            groups = split(lengths, _shared(examples), self.micro_batch_tokens, self.micro_batch_size)
+            groups = make_packs(lengths, _shared(examples), self.micro_batch_tokens, self.micro_batch_size)
             return [self._pack([examples[i] for i in group]) for group in groups]
         order = sorted(range(len(examples)), key=lambda i: -lengths[i])
         micro_batches = []
@@ -85,7 +85,7 @@ class Collator:
         return micro_batches
 
     def _pack(self, examples: list[Encoded]) -> MicroBatch:
-        from llm_adapters.fast_paths import Pack
+        from llm_adapters.ops.packing import Pack
 
         shared = _shared(examples)
         pack = Pack.of([example.input_ids for example in examples], shared, self.device)
@@ -129,7 +129,7 @@ class Collator:
 
 def _shared(examples: Sequence[Encoded]) -> int:
     """Number of tokens that all examples begin with, before the first that predicts a label: computed once."""
-    from llm_adapters.fast_paths import common_prefix
+    from llm_adapters.ops.packing import common_prefix
 
     first = min(next(i for i, label in enumerate(e.labels) if i and label != IGNORED) for e in examples)
     return min(common_prefix([example.input_ids for example in examples]), first - 1)

@@ -1,6 +1,6 @@
-"""Linear layers whose weights stay as they are: laid out once for the CPU's matrix unit, and not for every product.
+"""Linear layers whose weights stay as they are, prepacked once for the CPU's matrix unit, and not for every product.
 
-oneDNN multiplies with weights in blocks, and for a row-major weight makes them anew in every call. For the few rows of
+oneDNN multiplies with weights in blocks, and for a row-major weight makes them again in every call. For the few rows of
 a decoding step that takes up to half of the time. torch's own compiler uses the same operators when it freezes a
 model.
 """
@@ -11,43 +11,45 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from llm_adapters.compat import torch as compat
+
 _ROWS = 64  # for which the blocks are chosen; any other number of rows can be multiplied too
 _SHARE = 0.25  # of the free memory, which the copies may take
 
 
-class Packed:
-    """``x -> x weight^T + bias`` with a copy of the weight (out, in) in blocks.
+class PrepackedLinear:
+    """``x -> x weight^T + bias`` with a prepacked copy of the weight.
 
     Args:
-        weight: (out, in), bfloat16, on the CPU.
-        bias: (out,) or None.
+        weight: (out_features, in_features), bfloat16, on the CPU.
+        bias: (out_features,) or None.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+        self._blocks = compat.prepack(weight.detach().contiguous(), _ROWS)
         self._bias = bias
-        self._product = torch.ops.mkldnn._linear_pointwise
+        self._linear = compat.prepacked_linear()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product."""
-        return self._product(x, self._blocks, self._bias, "none", [], "")
+        return self._linear(x, self._blocks, self._bias, "none", [], "")
 
     def silu(self, x: torch.Tensor) -> torch.Tensor:
         """``silu`` of the product."""
-        return self._product(x, self._blocks, self._bias, "swish", [], "")
+        return self._linear(x, self._blocks, self._bias, "swish", [], "")
 
     def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """The product, entry by entry times `factor`."""
-        return self._product.binary(x, factor, self._blocks, self._bias, "mul")
+        return self._linear.binary(x, factor, self._blocks, self._bias, "mul")
 
 
-def linear(weight: torch.Tensor, bias: torch.Tensor | None, packed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``x -> x weight^T + bias``, `Packed` or as it is."""
-    return Packed(weight, bias) if packed else lambda x: functional.linear(x, weight, bias)
+def linear(weight: torch.Tensor, bias: torch.Tensor | None, prepacked: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``x -> x weight^T + bias``, with a prepacked weight or as it is."""
+    return PrepackedLinear(weight, bias) if prepacked else lambda x: functional.linear(x, weight, bias)
 
 
-def why_not_packed(model: nn.Module) -> str | None:
-    """Why the weights of `model` cannot be packed; None where they can."""
+def unsupported_reason(model: nn.Module) -> str | None:
+    """The reason why the weights of `model` cannot be prepacked; None where they can."""
     import psutil  # PEFT needs it, so it is there
 
     weights = [p for p in model.parameters() if p.dim() == 2]
@@ -55,13 +57,9 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "the model is not on a CPU"
     if not any(p.dtype == torch.bfloat16 for p in weights):
         return "the weights are not bfloat16"
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "the CPU does not multiply bfloat16"
+    if reason := compat.prepack_unsupported_reason():
+        return reason
     size = sum(p.numel() * p.element_size() for p in weights)
     if size > _SHARE * psutil.virtual_memory().available:
         return "there is too little memory for copies"
     return None
-
-
-PrepackedLinear = Packed
-unsupported_reason = why_not_packed
