@@ -218,7 +218,7 @@ def test_gradients_in_bfloat16_at_sizes_that_kernels_take(
 ) -> None:
     """They are as near to those of a float32 copy as the plain way's; the products and attention are the kernels'."""
     called, call = set(), Library.call
-    monkeypatch.setattr(Library, "call", lambda *args: [called.add(args[1]), call(*args)])
+    monkeypatch.setattr(Library, "call", lambda *args: (called.add(args[1]), call(*args))[1])
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = adapted(family, method, torch.bfloat16, overrides=sizes | {"head_dim": 32}).train()
     chosen = long_and_short(7)
@@ -229,7 +229,7 @@ def test_gradients_in_bfloat16_at_sizes_that_kernels_take(
         model.enable_input_require_grads()
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     with FastPaths(model) as fast:
-        assert fast.packs
+        assert fast.packs, fast.report
         called.clear()
         found = gradients(model, fast_loss(fast, chosen))
     if is_fast(torch.zeros(1, dtype=torch.bfloat16)):
