@@ -10,6 +10,7 @@ from tiny import save_tiny
 import llm_adapters
 from llm_adapters.cli import main
 from llm_adapters.errors import RequestError
+from llm_adapters.runs import RunFolder
 
 TASKS = {"tasks": ["wordproblems"], "limit": 4, "max_new_tokens": 8}
 
@@ -58,7 +59,7 @@ def test_a_run_is_evaluated_as_train_returns_it(model: Path, tmp_path: Path) -> 
     assert found.about["versions"].items() <= run.manifest["versions"].items()  # one spelling of each name
     by_folder = llm_adapters.evaluate(llm_adapters.load(run.folder), **TASKS)
     assert by_folder.records == found.records
-    assert llm_adapters.load(run).adapter == run.adapter
+    assert llm_adapters.load(run).adapter == llm_adapters.load(RunFolder(run.folder)).adapter == run.adapter
 
 
 def test_a_task_that_does_not_exist_is_told_before_anything_is_trained(model: Path, tmp_path: Path) -> None:

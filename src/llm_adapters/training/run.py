@@ -152,7 +152,9 @@ def _check_output(run: RunFolder, recipe: Recipe) -> bool:
     if not run.config.is_file():
         raise RequestError(f"the output folder {str(folder)!r} is not empty: name a new one")
     if run.finished:
-        raise RequestError(f"the output folder {str(folder)!r} already holds a finished run: name a new one")
+        raise RequestError(
+            f"the output folder {str(folder)!r} already holds a finished run: name a new one, or evaluate it"
+        )
     if not _is_of(run, recipe):
         raise RequestError(
             f"the output folder {str(folder)!r} already holds another run: name a new one, or give its recipe to go on"
