@@ -37,7 +37,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step brought a request.
+    """Result of one step for a request.
 
     Attributes:
         request_id: as `Engine.add` returned it.
