@@ -46,6 +46,6 @@ def trained(model, config, seed=3):
 
 def small_blocks(monkeypatch):
     """Blocks of four tokens, and no rounding of their number: even short answers have many."""
-    monkeypatch.setattr("llm_adapters.ops.kv_cache.BLOCK_SIZE", 4)
-    monkeypatch.setattr("llm_adapters.ops.paged_attention.BLOCK_SIZE", 4)
-    monkeypatch.setattr("llm_adapters.ops.kv_cache._BLOCK_STEP", 1)
+    for module in ("kv_cache", "paged_attention"):
+        monkeypatch.setattr(f"llm_adapters.ops.{module}.BLOCK_SIZE", 4)
+        monkeypatch.setattr(f"llm_adapters.ops.{module}.BLOCK_STEP", 1)

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_adapters.fast_paths import split
+from llm_adapters.ops.packing import make_packs as split
 from llm_adapters.tasks.templates import Encoded
 from llm_adapters.training.collator import Collator, Shuffle
 

@@ -38,7 +38,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step brought a request.
+    """Result of one step for a request.
 
     Attributes:
         request_id: as `Engine.add` returned it.
@@ -328,24 +328,23 @@ class Engine:
             num_query_tokens: tokens of each sequence.
             padding: rows more that belong to no sequence.
         """
-        seqs, positions, valid, adapters = [], [], [], []
+        seqs: list[int] = []
+        spans: list[tuple[int, int]] = []  # the first position, and the last one that may be asked
+        adapters: list[int] = []
         for slot in slots:
             request = self._running[slot]
             first = len(request.prompt) + self._strategy.num_tokens[slot] - 1
             last = request.max_len - 2  # nothing follows the last token of an answer
-            row = [min(first + ahead, last) for ahead in range(num_query_tokens)]
             for seq in self._seqs(slot):
-                self.cache.reserve(seq, row[-1] - len(self._prefix) + 1)
+                self.cache.reserve(seq, min(first + num_query_tokens - 1, last) - len(self._prefix) + 1)
                 seqs.append(seq)
-                positions.append(row)
-                valid.append([first + ahead <= last for ahead in range(num_query_tokens)])
+                spans.append((first, last))
                 adapters.append(request.adapter)
-        seqs += [-1] * padding
-        positions += [[0] * num_query_tokens] * padding
-        valid += [[False] * num_query_tokens] * padding
-        adapters += [0] * padding
-        at, real = (torch.tensor(rows, device=self._device) for rows in (positions, valid))
-        return DecodeBatch(tuple(seqs), at, real, tuple(adapters))
+        first_at, last_at = torch.tensor(spans + [(0, -1)] * padding, device=self._device).split(1, 1)
+        positions = first_at + torch.arange(num_query_tokens, device=self._device)
+        valid = positions <= last_at
+        positions = positions.minimum(last_at.clamp(min=0))
+        return DecodeBatch(tuple(seqs) + (-1,) * padding, positions, valid, tuple(adapters) + (0,) * padding)
 
     def _seqs(self, slot: int) -> range:
         """The sequences of a slot, one for each beam."""

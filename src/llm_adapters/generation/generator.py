@@ -192,7 +192,7 @@ class Generator:
                 self._engine = None  # and its cache
 
     def size(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How many answers to `prompts` are generated at a time."""
+        """Number of requests to run at a time for these `prompts`."""
         if self.batch_size is not None:
             return self.batch_size
         largest = LARGEST_BATCH
@@ -325,8 +325,16 @@ def adapters_of(model: "PreTrainedModel") -> list[str]:
 
 
 def check_names(names: Sequence[str] | None, known: Sequence[str] | None, count: int) -> None:
-    """Raise `RequestError` where `names` are not `count` of the `known` adapters, or there are some and none are known,
-    or the other way round."""
+    """Check the adapters that prompts name.
+
+    Args:
+        names: the adapter of each prompt; None where none are named.
+        known: the adapters that there are; None where none may be named.
+        count: the number of prompts.
+
+    Raises:
+        RequestError: names without known adapters or the other way round, not one for each prompt, or an unknown one.
+    """
     if known is None and names is not None:
         raise RequestError("adapter_names are given, and the Generator has no adapters: name them there.")
     if names is None and known is not None:
@@ -341,10 +349,19 @@ def check_names(names: Sequence[str] | None, known: Sequence[str] | None, count:
 
 
 def check_prompts(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], max_new_tokens: int) -> set[int]:
-    """The indices of the prompts that are too long for `model` to be asked with `max_new_tokens` to come.
+    """Find the prompts that are too long for `model` to be asked with `max_new_tokens` to come.
 
-    Raises `RequestError` where all are too long, where one is empty or holds a token that the model does not have, and
-    where `max_new_tokens` is below 1.
+    Args:
+        model: the model.
+        prompts: token ids.
+        max_new_tokens: the longest answer.
+
+    Returns:
+        Their indices.
+
+    Raises:
+        RequestError: all are too long, one is empty or holds a token that the model does not have, or `max_new_tokens`
+            is below 1.
     """
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens={max_new_tokens} is too small: give 1 or more.")
@@ -368,7 +385,7 @@ def check_prompts(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], ma
 
 
 def context_limit(model: "PreTrainedModel") -> int:
-    """How many tokens, prompt and answer together, `model` can take; a prompt adapter's own are subtracted.
+    """Limit of tokens, prompt and answer together, that `model` can take; a prompt adapter's own are subtracted.
 
     A model without a limit (BLOOM) gives a very large number.
     """

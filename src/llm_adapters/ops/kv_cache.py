@@ -31,7 +31,7 @@ from llm_adapters.ops.packing import Cached, Pack
 from llm_adapters.ops.sizes import padded_size
 
 BLOCK_SIZE = 64
-_BLOCK_STEP = 32  # blocks are multiplied in such numbers (see `sizes.padded_size`)
+BLOCK_STEP = 32  # blocks are multiplied in such numbers (see `sizes.padded_size`)
 NULL_BLOCK = 0  # the block of no sequence, for what is computed and dropped
 
 
@@ -78,7 +78,7 @@ class PagedCache:
         capacity = len(self.block_owner)
         if 1 + blocks <= capacity:
             return
-        larger = padded_size(1 + blocks if capacity == 1 else _enlarged(capacity, 1 + blocks), _BLOCK_STEP)
+        larger = padded_size(1 + blocks if capacity == 1 else _enlarged(capacity, 1 + blocks), BLOCK_STEP)
         self._free += range(capacity, larger)  # the highest numbers come last: still a heap
         self.block_owner = nn.functional.pad(self.block_owner, (0, larger - capacity), value=-1)
         self.block_index = nn.functional.pad(self.block_index, (0, larger - capacity))
@@ -104,7 +104,7 @@ class PagedCache:
             block = heapq.heappop(self._free)
             self.block_table[seq, len(held)], self.block_owner[block], self.block_index[block] = block, seq, len(held)
             held.append(block)
-            self.num_used_blocks = max(self.num_used_blocks, padded_size(block + 1, _BLOCK_STEP))
+            self.num_used_blocks = max(self.num_used_blocks, padded_size(block + 1, BLOCK_STEP))
         if self.num_used_blocks > before:
             for layer in self.layers.values():
                 for part in layer:
@@ -132,7 +132,7 @@ class PagedCache:
     def compact(self) -> None:
         """Move blocks down where many below the highest one are free."""
         used = sum(map(len, self._held))
-        if self.num_used_blocks <= padded_size(used + 1 + used // 8, _BLOCK_STEP):
+        if self.num_used_blocks <= padded_size(used + 1 + used // 8, BLOCK_STEP):
             return
         owner_of = {block: (seq, index) for seq, held in enumerate(self._held) for index, block in enumerate(held)}
         highest = sorted((block for block in owner_of if block > used), reverse=True)
@@ -146,7 +146,7 @@ class PagedCache:
             seq, place = owner_of[old]
             self._held[seq][place] = new
             heapq.heappush(self._free, old)
-        self.num_used_blocks = padded_size(used + 1, _BLOCK_STEP)
+        self.num_used_blocks = padded_size(used + 1, BLOCK_STEP)
 
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for layer in self.layers.values():
@@ -178,7 +178,7 @@ class PagedCache:
         self._stacked.pop(index, None)
 
     def prefix_of(self, index: int, adapter: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What `keep_prefix` was given; None where there is no prefix."""
+        """Keys and values as `keep_prefix` was given them; None where there is no prefix."""
         return self._prefixes.get((index, adapter))
 
     def prefixes_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -11,7 +11,7 @@ import torch
 
 from llm_adapters.ops import padded_attention
 from llm_adapters.ops.backends import function
-from llm_adapters.ops.kv_cache import _BLOCK_STEP, BLOCK_SIZE, NULL_BLOCK, DecodeBatch, ForwardBatch, PagedCache, store
+from llm_adapters.ops.kv_cache import BLOCK_SIZE, BLOCK_STEP, NULL_BLOCK, DecodeBatch, ForwardBatch, PagedCache, store
 from llm_adapters.ops.packing import LengthBucket, additive
 from llm_adapters.ops.sizes import padded_size
 
@@ -81,7 +81,7 @@ def _prefill_attention(
 
 
 def _query_index(bucket: LengthBucket, num_heads: int, num_kv_heads: int) -> torch.Tensor:
-    """Where the queries of `bucket` are in a row that begins after the shared prefix."""
+    """Places of the queries of `bucket` in a row that begins after the shared prefix."""
     return bucket.gather_index(num_heads // num_kv_heads, num_kv_heads, with_prefix=False) - bucket.prefix * num_heads
 
 
@@ -184,7 +184,7 @@ def _visible_blocks(
         owner, index = row_of[cache.block_owner[: cache.num_used_blocks]], cache.block_index[: cache.num_used_blocks]
         chosen, size = None, sum(map(len, held))
         if 2 * size < cache.num_used_blocks:
-            padding = [NULL_BLOCK] * (padded_size(size, _BLOCK_STEP) - size)
+            padding = [NULL_BLOCK] * (padded_size(size, BLOCK_STEP) - size)
             chosen = torch.tensor(sorted(block for blocks in held for block in blocks) + padding, device=device)
             owner, index = owner[chosen], index[chosen]
         return chosen, owner, torch.where(owner < count, index, 0), max(map(len, held), default=1)
