@@ -116,7 +116,7 @@ def test_long_and_short_segments_of_one_pack(
         (micro,) = Collator(0).cut(chosen)
         assert micro.pack is not None
         assert micro.pack.prefix == shared
-        assert len(micro.pack.bands) > 1
+        assert len(micro.pack.buckets) > 1
         for dropout in (0.0, 1e-12):  # with any of it, attention has another backward pass
             for attention in attentions:
                 attention.attention_dropout = dropout
