@@ -15,15 +15,9 @@ PAGE = memory.mmap.PAGESIZE
 PAGES = 64
 
 
-def holes(region: memory.Region) -> list[tuple[int, int]]:
-    with region._lock:
-        region._collect()
-    return list(zip(region._starts, region._stops, strict=True))
-
-
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9 * PAGE)), max_size=60))
 def test_no_two_at_one_place_and_nothing_lost(steps: list[tuple[bool, int]]) -> None:
-    region = memory.Region(PAGES * PAGE)
+    arena = memory.Arena(PAGES * PAGE)
     held: list[tuple[memoryview, int]] = []
     for number, (drop, size) in enumerate(steps):
         if drop and held:
@@ -31,27 +25,27 @@ def test_no_two_at_one_place_and_nothing_lost(steps: list[tuple[bool, int]]) -> 
             assert set(part) == {mark}  # nobody has written there meanwhile
             del part
             continue
-        part = region.take(size)
+        part = arena.allocate(size)
         if part is None:
             needed = -(-size // PAGE) * PAGE
-            assert max((stop - start for start, stop in holes(region)), default=0) < needed
+            assert max((stop - start for start, stop in arena.free_blocks()), default=0) < needed
             continue
         assert len(part) >= size
         part[:] = bytes([number % 256]) * len(part)
         held.append((part, number % 256))
         del part
-    free = holes(region)
+    free = arena.free_blocks()
     assert sum(stop - start for start, stop in free) + sum(len(part) for part, _ in held) == PAGES * PAGE
-    assert all(one[1] < other[0] for one, other in itertools.pairwise(free))  # neighbours are one hole
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(free))  # neighbours are one block
     held.clear()
-    assert holes(region) == [(0, PAGES * PAGE)]
+    assert arena.free_blocks() == [(0, PAGES * PAGE)]
 
 
 def test_a_tensor_holds_its_memory_through_views_and_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    region = memory.Region(PAGES * PAGE)
-    monkeypatch.setattr(memory, "_region", [region])
+    arena = memory.Arena(PAGES * PAGE)
+    monkeypatch.setattr(memory, "arena", lambda: arena)
     like = torch.zeros(1, dtype=torch.bfloat16)
-    width = memory._SMALL // 4
+    width = memory.MIN_BYTES // 4
     tensor = memory.empty(like, 4, width)
     assert tensor.shape == (4, width)
     assert tensor.dtype == torch.bfloat16
@@ -61,47 +55,47 @@ def test_a_tensor_holds_its_memory_through_views_and_graphs(monkeypatch: pytest.
     product = (leaf * tensor.fill_(3)).sum()  # keeps the tensor for its gradient
     del tensor, view
     gc.collect()
-    assert len(holes(region)) == 1
-    assert holes(region)[0][0] > 0
+    assert len(arena.free_blocks()) == 1
+    assert arena.free_blocks()[0][0] > 0
     product.backward()
     assert leaf.grad is not None
     assert (leaf.grad == 3).all()
     del product
-    assert holes(region) == [(0, PAGES * PAGE)]
+    assert arena.free_blocks() == [(0, PAGES * PAGE)]
 
 
 def test_what_is_small_or_too_large_is_the_c_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
-    region = memory.Region(PAGES * PAGE)
-    monkeypatch.setattr(memory, "_region", [region])
+    arena = memory.Arena(PAGES * PAGE)
+    monkeypatch.setattr(memory, "arena", lambda: arena)
     like = torch.zeros(1)
     for count in (0, 5, PAGES * PAGE):
         assert memory.empty(like, count).shape == (count,)
-        assert holes(region) == [(0, PAGES * PAGE)]
-    monkeypatch.setattr(memory, "_region", [None])  # no address space was to be had
-    assert memory.empty(like, memory._SMALL).shape == (memory._SMALL,)
+        assert arena.free_blocks() == [(0, PAGES * PAGE)]
+    monkeypatch.setattr(memory, "arena", lambda: None)  # no address space was to be had
+    assert memory.empty(like, memory.MIN_BYTES).shape == (memory.MIN_BYTES,)
 
 
-def test_trimming_leaves_what_is_held() -> None:
-    region = memory.Region(PAGES * PAGE)
-    first, second = region.take(PAGE), region.take(PAGE)
+def test_releasing_leaves_what_is_held() -> None:
+    arena = memory.Arena(PAGES * PAGE)
+    first, second = arena.allocate(PAGE), arena.allocate(PAGE)
     assert first is not None
     assert second is not None
     first[:], second[:] = b"a" * PAGE, b"b" * PAGE
     del first
-    region.trim()
+    arena.release_unused()
     assert set(second) == {ord("b")}
-    again = region.take(PAGE)
+    again = arena.allocate(PAGE)
     assert again is not None
     assert set(again) == {0}  # new from the system
 
 
 def test_threads_share_it() -> None:
-    region = memory.Region(1024 * PAGE)
+    arena = memory.Arena(1024 * PAGE)
     wrong: list[int] = []
 
     def work(mark: int) -> None:
         for size in range(300):
-            part = region.take(1 + size % 5 * PAGE)
+            part = arena.allocate(1 + size % 5 * PAGE)
             if part is not None:
                 part[:] = bytes([mark]) * len(part)
                 if set(part) != {mark}:
@@ -113,4 +107,4 @@ def test_threads_share_it() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert holes(region) == [(0, 1024 * PAGE)]
+    assert arena.free_blocks() == [(0, 1024 * PAGE)]

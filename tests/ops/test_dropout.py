@@ -1,4 +1,4 @@
-"""Dropout by gaps has the distribution of dropout by coins."""
+"""Dropout by a hash has the distribution of dropout by coins; backend and reference drop the same entries."""
 
 import pytest
 import torch
@@ -7,63 +7,85 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_adapters.fast_paths import FastPaths
-from llm_adapters.fast_paths.layers import CheapDropout
-from llm_adapters.ops.dropout import drop, dropped
+from llm_adapters.ops import backends, dropout
 from llm_adapters.training.collator import Collator
 
 
-@given(st.integers(1, 3000), st.floats(0.001, 0.9), st.integers(0, 1000))
-def test_indices_are_ascending_places(count: int, p: float, seed: int) -> None:
-    torch.manual_seed(seed)
-    found = dropped(count, p)
-    assert found.dtype == torch.int32
-    assert torch.equal(found, found.unique())
-    if len(found):
-        assert 0 <= found[0] <= found[-1] < count
+def dropped(count: int, p: float) -> torch.Tensor:
+    ones = torch.ones(count)
+    return dropout.apply(ones, dropout.sample_mask(ones, p), p) == 0
 
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.5])
-def test_share_and_pairs_are_those_of_independent_draws(p: float) -> None:
+def test_shares_are_those_of_independent_draws(p: float) -> None:
     torch.manual_seed(0)
     count = 2_000_000
-    hit = torch.zeros(count, dtype=torch.bool)
-    hit[dropped(count, p)] = True
+    first, second = dropped(count, p), dropped(count, p)
     for seen, expected in (
-        (hit, p),
-        (hit[1:] & hit[:-1], p * p),  # neighbours
-        (hit[7:] & hit[:-7], p * p),
-        (hit[0::1000], p),  # the first places are as likely as any
+        (first, p),
+        (first[1:] & first[:-1], p * p),  # neighbours
+        (first[64:] & first[:-64], p * p),
+        (first & second, p * p),  # another draw is another one
+        (first[1:] & second[:-1], p * p),
+        (first[::4096], p),  # the first places are as likely as any
     ):
         error = (expected * (1 - expected) / len(seen)) ** 0.5
         assert abs(seen.double().mean().item() - expected) < 5 * error
 
 
-def test_first_place_is_dropped_as_often_as_any() -> None:
+def test_a_place_is_dropped_in_a_share_of_the_draws() -> None:
     torch.manual_seed(0)
-    hits = sum(int(len(found) > 0 and found[0] == 0) for found in (dropped(3, 0.3) for _ in range(5000)))
-    assert abs(hits / 5000 - 0.3) < 0.035
+    hits = torch.stack([dropped(3, 0.3) for _ in range(5000)]).double().mean(0)
+    assert (hits - 0.3).abs().max() < 0.035
 
 
-def test_what_is_kept_is_scaled() -> None:
-    values = torch.randn(4, 5)
-    out = drop(values, torch.tensor([0, 7]), 0.2, 1 / 0.8)
-    expected = values / 0.8
-    expected[0, 0] = expected[1, 2] = 0
-    torch.testing.assert_close(out, expected)
+@given(st.integers(1, 300), st.floats(0.001, 0.999), st.integers(0, 2**63 - 2))
+def test_backend_and_reference_drop_the_same_entries(count: int, p: float, seed: int) -> None:
+    x, mask = torch.ones(count), torch.tensor(seed)
+    before = backends.disabled
+    try:
+        backends.disabled = False
+        found = dropout.apply(x, mask, p)
+        backends.disabled = True
+        assert torch.equal(found, dropout.apply(x, mask, p))
+    finally:
+        backends.disabled = before
+
+
+def test_the_draw_follows_torchs_seed(dtype: torch.dtype) -> None:
+    x, masks = torch.randn(50, 30).to(dtype), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        masks.append(dropout.apply(x, dropout.sample_mask(x, 0.2), 0.2))
+    assert torch.equal(*masks)
+
+
+def test_what_is_kept_is_scaled_and_added_alike(dtype: torch.dtype) -> None:
+    x = torch.randn(70, 30).to(dtype)
+    seed = dropout.sample_mask(x, 0.2)
+    keep = dropout.keep_mask(x, seed, 0.2)
+    assert 0.7 < keep.double().mean() < 0.9
+    assert torch.equal(dropout.apply(x, seed, 0.2), x.masked_fill(~keep, 0))
+    assert torch.equal(dropout.apply(x, seed, 0.2, 1.25), (x * 1.25).masked_fill(~keep, 0))
+    assert torch.equal(dropout.apply(x, seed, 0.2, 2), (x * 2.0).masked_fill(~keep, 0))  # an int, too
+    out = x.clone()
+    dropout.add_(out, x, seed, 0.2)
+    assert torch.equal(out, torch.where(keep, x + x, x))
 
 
 @pytest.mark.parametrize("p", [0, 1, -0.1])
 def test_refuses_what_is_no_probability(p: float) -> None:
     with pytest.raises(ValueError, match="probability"):
-        dropped(3, p)
+        dropout.sample_mask(torch.ones(3), p)
 
 
 def test_the_gradient_is_dropped_at_the_same_places() -> None:
     torch.manual_seed(0)
     x = torch.randn(30, 40, requires_grad=True)
-    out = CheapDropout.apply(x, 0.3)
+    out = dropout.sparse_dropout(x, 0.3)
     out.sum().backward()
     assert torch.equal(out == 0, x.grad == 0)
+    torch.testing.assert_close(out[out != 0], (x / 0.7)[out != 0])
     assert 0.2 < (out == 0).double().mean() < 0.4
 
 
