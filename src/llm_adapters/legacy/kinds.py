@@ -8,8 +8,8 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llm_adapters.checkpoints import ADAPTER_CONFIG, first_line
-from llm_adapters.errors import unknown
+from llm_adapters.adapter_files import ADAPTER_CONFIG
+from llm_adapters.errors import first_line, unknown
 from llm_adapters.legacy.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
