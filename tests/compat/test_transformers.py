@@ -39,7 +39,8 @@ def test_a_registered_attention_is_called_with_the_masks_of_sdpa() -> None:
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
     expected = model(IDS, attention_mask=mask).logits
-    compat.register_attention("llm_adapters_compat_test", attention)
+    for mapping, value in compat.attention_entries(attention):
+        mapping["llm_adapters_compat_test"] = value
     try:
         model.set_attn_implementation("llm_adapters_compat_test")
         assert torch.equal(model(IDS, attention_mask=mask).logits, expected)

@@ -27,13 +27,16 @@ def attention_is_replaceable(model: "nn.Module") -> bool:
     return hasattr(modelling_module(model), "ALL_ATTENTION_FUNCTIONS")
 
 
-def register_attention(name: str, function: Any) -> None:
-    """Make an attention known to transformers under `name`, with the masks of SDPA."""
+def attention_entries(function: Any) -> "list[tuple[dict[str, Any], Any]]":
+    """Mappings of the process in which an attention is looked up by name, each with the value to put there.
+
+    They are `AttentionInterface.register`'s and `AttentionMaskInterface.register`'s, which take nothing back; the masks
+    are SDPA's.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    return [(AttentionInterface._global_mapping, function), (AttentionMaskInterface._global_mapping, sdpa_mask)]
 
 
 def sdpa_attention(module: "nn.Module", *tensors: Any, **kwargs: Any) -> Any:

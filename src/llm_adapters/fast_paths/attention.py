@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.compat.transformers import attention_entries, sdpa_attention
 from llm_adapters.fast_paths.patches import Patches
 from llm_adapters.ops import paged_attention, varlen_attention
 from llm_adapters.ops.kv_cache import ForwardBatch
@@ -112,11 +113,9 @@ def _attention(
     if pack is not None:
         out = packed_attention(module, *tensors, pack=pack, **kwargs)
     else:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         if recorder is not None:
             _refuse({name: value for name, value in kwargs.items() if name not in _KNOWN})
-        out = sdpa_attention_forward(module, *tensors, **kwargs)
+        out = sdpa_attention(module, *tensors, **kwargs)
     if recorder is not None:
         recorder(*tensors[:3], out[0])
     return out
@@ -124,11 +123,8 @@ def _attention(
 
 def register(patches: Patches) -> None:
     """Make the implementation known to transformers under `NAME`, until the last session's patches are undone."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    patches.share_item(AttentionInterface._global_mapping, NAME, _attention)
-    patches.share_item(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
+    for mapping, value in attention_entries(_attention):
+        patches.share_item(mapping, NAME, value)
 
 
 def no_mask(device: torch.device) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.compat.peft import is_plain_lora_adapter, is_plain_lora_linear
+from llm_adapters.compat.transformers import is_conv1d
 from llm_adapters.fast_paths.routing import Route
 from llm_adapters.ops.cpu import prepacked
 from llm_adapters.ops.lora import LoraStack, lora_linear
@@ -18,15 +20,13 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 def base_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Find the frozen weight (out, in) and bias under PEFT's LoRA `layer`; None where fusing does not fit."""
-    from peft.tuners.lora.layer import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    if type(layer) is not Linear:
+    if not is_plain_lora_linear(layer):
         return None
-    base = layer.base_layer
-    if type(base) not in (nn.Linear, Conv1D) or any(p.requires_grad for p in base.parameters()):
+    base: Any = layer.base_layer
+    turned = is_conv1d(base)  # its weight is (in, out)
+    if not (turned or type(base) is nn.Linear) or any(p.requires_grad for p in base.parameters()):
         return None
-    return (base.weight.t() if type(base) is Conv1D else base.weight), base.bias
+    return (base.weight.t() if turned else base.weight), base.bias
 
 
 def forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -63,7 +63,7 @@ def is_plain_lora(layer: Any, names: Sequence[str]) -> bool:
     """Tell whether `layer` is PEFT's LoRA on a linear layer, its adapters `names` no more than ``s * x A^T B^T``."""
     if base_weight(layer) is None or layer.merged:
         return False
-    return not any(layer.lora_variant.get(name) or layer.lora_bias.get(name) for name in names)
+    return all(is_plain_lora_adapter(layer, name) for name in names)
 
 
 def merged_forward(layer: Any, prepack: bool) -> Forward | None:

@@ -1,14 +1,12 @@
 """Rotary positions: which modelling files rotate the two halves of a head, as the fused function does."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
+from llm_adapters.compat.transformers import modelling_module, rotary_function
 from llm_adapters.ops.rotary import apply_rotary_pos_emb
-
-FUNCTION = "apply_rotary_pos_emb"
 
 
 def modelling_file(model: nn.Module) -> Any:
@@ -17,12 +15,9 @@ def modelling_file(model: nn.Module) -> Any:
     Most families rotate the two halves of a head; GPT-J's neighbouring pairs are another thing. The function is a
     global of the file, so replacing it concerns every model of the family in this process (`Patches.share`).
     """
-    file = inspect.getmodule(type(model))
-    own = getattr(file, FUNCTION, None)
-    if own is apply_rotary_pos_emb:  # another session has replaced it
-        return file
-    if own is None or list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
-        return None
+    own, file = rotary_function(model), modelling_module(model)
+    if own is None or own is apply_rotary_pos_emb:  # another session has replaced it
+        return own and file
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
     same = []

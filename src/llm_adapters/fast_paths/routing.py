@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-NO_ADAPTER = "__base__"  # PEFT's name for it
+from llm_adapters.compat.peft import NO_ADAPTER
 
 
 class Route:

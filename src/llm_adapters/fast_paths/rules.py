@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llm_adapters.bottleneck.layer import BottleneckLayer
+from llm_adapters.compat.transformers import ROTARY_FUNCTION
 from llm_adapters.fast_paths import bottleneck, linear, lora, rms_norm, rotary, swiglu
 from llm_adapters.fast_paths.patches import Patches
 from llm_adapters.fast_paths.routing import Route
@@ -145,7 +146,7 @@ def _install_swiglu(module: nn.Module, matched: Any, context: Context, patches: 
 
 
 def _install_rotary(module: nn.Module, file: Any, context: Context, patches: Patches) -> bool:
-    patches.share(file, rotary.FUNCTION, rotary.apply_rotary_pos_emb)
+    patches.share(file, ROTARY_FUNCTION, rotary.apply_rotary_pos_emb)
     return True
 
 

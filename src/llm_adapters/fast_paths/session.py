@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_adapters.compat.transformers import attention_implementation, attention_is_replaceable
 from llm_adapters.errors import RequestError
 from llm_adapters.fast_paths import attention, lora, routing, trial
 from llm_adapters.fast_paths.forward import causal_forward, hidden_states
@@ -226,7 +226,7 @@ class FastPaths:
 
     def _replace_attention(self, patches: Patches) -> None:
         attention.register(patches)
-        before = self.base.config._attn_implementation
+        before = attention_implementation(self.base)
         patches.defer(lambda: self.base.set_attn_implementation(before))
         self.base.set_attn_implementation(attention.NAME)
 
@@ -338,8 +338,7 @@ def _unpacked_reason(model: Any, base: Any, inference: bool) -> str | None:
     """Why packs are not even tried. Generation keeps a learned prefix in its cache."""
     if routing.prompt_learning(model) and not (inference and routing.is_prefix_tuning(model)):
         return "the method puts tokens before the sequence"
-    module = inspect.getmodule(type(base))
-    if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+    if not attention_is_replaceable(base):
         return f"{base.config.model_type} has attention code of its own"
     return None
 
