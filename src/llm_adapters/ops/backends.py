@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-_BACKENDS = {"cpu": "llm_adapters.ops.cpu.functions"}
+_BACKENDS = {"cpu": "llm_adapters.ops.cpu.functions", "cuda": "llm_adapters.ops.cuda.functions"}
 
 disabled = False  # for tests and benchmarks: compute references only
 
@@ -37,7 +37,7 @@ def for_tensor(x: torch.Tensor) -> Any:
     if disabled or name is None:
         return None
     functions = _module(name)
-    return functions if functions.unsupported_reason(x.dtype) is None else None
+    return functions if _unsupported_reason(functions, x.dtype) is None else None
 
 
 def function(name: str, x: torch.Tensor, *arguments: Any) -> Callable[..., Any] | None:
@@ -52,9 +52,19 @@ def unsupported_reason(dtype: torch.dtype, device: str = "cpu") -> str | None:
     if disabled:
         return "turned off"
     name = _BACKENDS.get(device)
-    return f"there is none for {device}" if name is None else _module(name).unsupported_reason(dtype)
+    return f"there is none for {device}" if name is None else _unsupported_reason(_module(name), dtype)
+
+
+def _unsupported_reason(functions: Any, dtype: torch.dtype) -> str | None:
+    return functions if isinstance(functions, str) else functions.unsupported_reason(dtype)
 
 
 @functools.cache
 def _module(name: str) -> Any:
-    return importlib.import_module(name)
+    """The backend's functions, or why it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "llm_adapters":
+            raise
+        return f"{error.name} is not installed"

@@ -7,7 +7,7 @@ the prefix, so that every token gets exactly what it would get in a sequence of 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,7 +62,7 @@ class Pack(Cached):
         positions = [*range(prefix), *(position for length in lengths for position in range(prefix, prefix + length))]
         padding = [0] * (padded_size(len(row), _TOKENS) - len(row))
         row, positions = row + padding, positions + padding
-        return cls(torch.tensor([row], device=device), torch.tensor([positions], device=device), prefix, lengths)
+        return cls(to_device([row], device), to_device([positions], device), prefix, lengths)
 
     @property
     def tokens(self) -> int:
@@ -90,9 +90,33 @@ class Pack(Cached):
 
         def make() -> torch.Tensor:
             ends = itertools.accumulate(self.lengths, initial=self.prefix)
-            return torch.tensor([0, *ends], dtype=torch.int32, device=self.input_ids.device)
+            return to_device([0, *ends], self.input_ids.device, torch.int32)
 
         return self.cached("cu_seqlens", make)
+
+    @property
+    def varlen(self) -> "VarlenIndex":
+        """The segments as functions for variable lengths take them: the prefix, each segment, the padding."""
+
+        def make() -> VarlenIndex:
+            padding = self.tokens - self.end
+            own = [size for size in (self.prefix, *self.lengths, padding) if size]
+            seen = [self.prefix] * bool(self.prefix) + [self.prefix + size for size in self.lengths]
+            seen += [padding] * bool(padding)
+            rows = [*range(self.prefix)]
+            for start, size in zip(self.starts, self.lengths, strict=True):
+                rows += [*range(self.prefix), *range(start, start + size)]
+            rows += range(self.end, self.tokens)
+            device = self.input_ids.device
+            return VarlenIndex(
+                to_device([*itertools.accumulate(own, initial=0)], device, torch.int32),
+                to_device([*itertools.accumulate(seen, initial=0)], device, torch.int32),
+                to_device(rows, device),
+                max(own),
+                max(seen),
+            )
+
+        return self.cached("varlen", make)
 
     @property
     def buckets(self) -> tuple["LengthBucket", ...]:
@@ -120,6 +144,24 @@ class Pack(Cached):
             return CausalMask(torch.tensor([self.prefix], device=self.input_ids.device), 0, self.prefix, window)
 
         return self.cached(("causal mask", window), make)
+
+
+class VarlenIndex(NamedTuple):
+    """Places of the segments of a pack among its queries and among the keys that they see.
+
+    Attributes:
+        cu_seqlens_q: (segments + 1,), int32: where each segment's queries begin and end in the row.
+        cu_seqlens_k: likewise where its keys do among the rows of `key_index`.
+        key_index: (keys,), int64: the row of each key, the prefix again before every segment.
+        max_seqlen_q: queries of the longest segment.
+        max_seqlen_k: keys of the longest segment.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    key_index: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 @dataclass
@@ -235,6 +277,14 @@ class CausalMask(Cached):
             return additive(seen, dtype)
 
         return self.cached(("bias", dtype), make)
+
+
+def to_device(values: Any, device: torch.device | str | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Make a tensor of (nested) lists on `device`, without waiting for what a GPU is computing."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device is None or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _alike(lengths: Sequence[int]) -> bool:

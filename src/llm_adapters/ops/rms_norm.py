@@ -20,7 +20,7 @@ class _RmsNorm(torch.autograd.Function):
         if ctx.backend is not None:
             out, inverse_rms = ctx.backend.rms_norm(x, weight, eps)
         else:
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
             inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             out = (x * inverse_rms).to(x.dtype).mul_(weight)
         if ctx.needs_input_grad[0]:
