@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from llm_adapters.errors import RequestError
-from llm_adapters.fast_paths import split
+from llm_adapters.fast_paths import make_packs
 from llm_adapters.tasks.examples import Example
 from llm_adapters.tasks.templates import Encoded
 from llm_adapters.training.collator import Collator, Shuffle, prepare
@@ -137,7 +137,7 @@ def test_every_label_is_predicted_once_from_the_token_before_it(
 
 
 def test_packs_are_of_about_equal_size() -> None:
-    packs = split([100] * 13, prefix=20, budget=420)
+    packs = make_packs([100] * 13, prefix=20, max_tokens=420)
     assert sorted(len(pack) for pack in packs) == [4, 4, 5]
 
 
