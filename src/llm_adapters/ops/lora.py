@@ -115,7 +115,7 @@ class LoraStack:
     ) -> None:
         self._stacked: tuple[torch.Tensor, torch.Tensor] | None = None
         self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        pack = function("pack_lora", weight)
+        pack, self._kernel = function("pack_lora", weight), function("lora_add_", weight)
         if pack is None or not pairs:
             self._pairs = {
                 number: (a.detach().t().to(weight.dtype), b.detach().t().to(weight.dtype))
@@ -150,20 +150,16 @@ class LoraStack:
             `out`.
         """
         rows, flat = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
-        if self._stacked is not None:
-            kernel = function("lora_add_", out)
-            assert kernel is not None, "the stack was prepared for a backend that is turned off"
-            kernel(rows, flat, adapter_ids, *self._stacked)
+        if self._stacked is not None and self._kernel is not None:
+            self._kernel(rows, flat, adapter_ids, *self._stacked)
             return out
-        if adapter_ids is None:
-            runs = [(0, slice(None))]
-        if runs is not None:
-            for number, span in runs:
-                if number in self._pairs:
-                    a, b = self._pairs[number]
-                    rows[span].addmm_(flat[span] @ a, b)
+        if adapter_ids is not None and runs is None:
+            for number, (a, b) in self._pairs.items():  # all rows by every adapter: the host does not read the numbers
+                others = adapter_ids.ne(number)[:, None]
+                rows.addmm_((flat @ a).masked_fill(others, 0), b)
             return out
-        for number, (a, b) in self._pairs.items():  # all rows by every adapter: no row is asked for on the host
-            ours = adapter_ids.eq(number)[:, None]
-            rows.addmm_((flat @ a).masked_fill(~ours, 0), b)
+        for number, span in [(0, slice(None))] if adapter_ids is None or runs is None else runs:
+            if number in self._pairs:
+                a, b = self._pairs[number]
+                rows[span].addmm_(flat[span] @ a, b)
         return out

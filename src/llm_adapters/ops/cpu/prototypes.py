@@ -72,8 +72,11 @@ class Library:
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._dtype = dtype
         self._functions: dict[str, Any] = {}
+        self._arguments = {
+            name: [(kind.is_tensor, kind.dtype or dtype, kind.optional) for kind in kinds]
+            for name, kinds in PROTOTYPES.items()
+        }
         for name, kinds in PROTOTYPES.items():
             if hasattr(library, name):
                 function = getattr(library, name)
@@ -89,26 +92,27 @@ class Library:
             TypeError: a tensor is not of the precision that the prototype says.
             ValueError: a tensor is not contiguous, or not on the CPU.
         """
-        kinds = PROTOTYPES[name]
-        return self._functions[name](
-            *(self._converted(name, kind, value) for kind, value in zip(kinds, arguments, strict=True))
-        )
+        addresses: list[Any] = []
+        for (is_tensor, dtype, optional), value in zip(self._arguments[name], arguments, strict=True):
+            if not is_tensor:  # a number, perhaps in a tensor as dropout's seed is; ctypes converts it
+                addresses.append(value.item() if isinstance(value, torch.Tensor) else value)
+            elif optional and value is None:
+                addresses.append(None)
+            elif isinstance(value, torch.Tensor) and value.dtype == dtype and value.is_cpu and value.is_contiguous():
+                addresses.append(value.data_ptr())
+            else:
+                raise self._refusal(name, value, dtype)
+        return self._functions[name](*addresses)
 
-    def _converted(self, name: str, kind: _Kind, value: Any) -> Any:
-        if not kind.is_tensor:
-            return float(value) if kind is _FLOAT else int(value)
-        if value is None and kind.optional:
-            return None
+    @staticmethod
+    def _refusal(name: str, value: Any, dtype: torch.dtype) -> Exception:
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} was given {value!r}, where a tensor is needed")
-        dtype = kind.dtype or self._dtype
+            return TypeError(f"{name} was given {value!r}, where a tensor is needed")
         if value.dtype != dtype:
-            raise TypeError(f"{name} was given a tensor of {value.dtype}, where {dtype} is needed")
-        if value.device.type != "cpu":
-            raise ValueError(f"{name} was given a tensor on {value.device}, and computes on the CPU only")
-        if not value.is_contiguous():
-            raise ValueError(f"{name} was given a tensor of shape {tuple(value.shape)} that is not contiguous")
-        return value.data_ptr()
+            return TypeError(f"{name} was given a tensor of {value.dtype}, where {dtype} is needed")
+        if not value.is_cpu:
+            return ValueError(f"{name} was given a tensor on {value.device}, and computes on the CPU only")
+        return ValueError(f"{name} was given a tensor of shape {tuple(value.shape)} that is not contiguous")
 
 
 @functools.cache
@@ -132,5 +136,5 @@ def library_for(x: torch.Tensor) -> Library:
 
 def check_shape(what: str, tensor: torch.Tensor | None, shape: Sequence[int]) -> None:
     """Refuse a tensor of another shape: C would read or write beyond its end."""
-    if tensor is not None and tensor.shape != torch.Size(shape):
+    if tensor is not None and tensor.shape != tuple(shape):
         raise ValueError(f"{what} has the shape {tuple(tensor.shape)}, where {tuple(shape)} is needed")
