@@ -18,7 +18,7 @@ def test_padded_rows_are_padded_on_the_right_and_no_first_token_is_a_label() -> 
         "input_ids": [[7, 8, 9], [5, 6, 0]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
     }
-    assert micro.at.tolist() == [0, 1, 3]  # the place before each label
+    assert micro.label_positions.tolist() == [0, 1, 3]  # the place before each label
     assert micro.targets.tolist() == [8, 9, 6]
     assert (micro.tokens, micro.pack) == (5, None)
 
@@ -33,7 +33,7 @@ def test_a_pack_holds_the_common_beginning_once() -> None:
     assert micro.pack.end == 7
     assert micro.pack.input_ids.tolist() == [[7, 7, 7, 1, 2, 7, 3, 0]]  # a filler makes the size round
     assert micro.pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0]]
-    assert (micro.at.tolist(), micro.targets.tolist()) == ([3, 5], [2, 3])
+    assert (micro.label_positions.tolist(), micro.targets.tolist()) == ([3, 5], [2, 3])
     assert micro.tokens == 9
 
 
@@ -62,7 +62,7 @@ def test_every_label_is_predicted_once_from_the_token_before_it(
     pairs = []
     for micro in cut["micro_batches"]:
         row = micro.inputs["input_ids"].flatten()
-        pairs += zip(row[micro.at].tolist(), micro.targets.tolist(), strict=True)
+        pairs += zip(row[micro.label_positions].tolist(), micro.targets.tolist(), strict=True)
         one = len(micro.pack.lengths) if micro.pack else len(micro.inputs["input_ids"])
         assert one <= most
         assert (micro.pack.end if micro.pack else row.numel()) <= tokens or one == 1

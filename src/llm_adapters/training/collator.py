@@ -22,14 +22,14 @@ class MicroBatch:
 
     Attributes:
         inputs: what the model takes: `input_ids` and, for padded rows, `attention_mask`, each (rows, tokens).
-        at: (labels,): where in the flattened `input_ids` the labels are predicted, one position before each.
+        label_positions: (labels,): the places in the flattened `input_ids` that predict the labels, one before each.
         targets: (labels,): the labels.
         pack: the pack, where it is one.
         tokens: number of tokens, no padding counted and a shared prefix counted for every sequence.
     """
 
     inputs: "dict[str, torch.Tensor]"
-    at: "torch.Tensor"
+    label_positions: "torch.Tensor"
     targets: "torch.Tensor"
     pack: "Pack | None"
     tokens: int
@@ -37,7 +37,7 @@ class MicroBatch:
     def arguments(self) -> dict[str, Any]:
         """Arguments of the forward that `FastPaths` gives a model, which returns the sum of the losses."""
         seq_len = self.inputs["input_ids"].shape[1]
-        labels = {"label_positions": self.at, "targets": self.targets}
+        labels = {"label_positions": self.label_positions, "targets": self.targets}
         return {**self.inputs, **labels, "pack": self.pack, "seq_len": seq_len}
 
 
@@ -93,18 +93,18 @@ class Collator:
         return self._micro_batch({"input_ids": pack.input_ids}, starts, examples, pack)
 
     def _pad(self, examples: list[Encoded]) -> MicroBatch:
-        import torch
+        from llm_adapters.ops.packing import to_device
 
-        width = max(len(e.input_ids) for e in examples)
+        seq_len = max(len(e.input_ids) for e in examples)
 
-        def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=self.device)
+        def padded(rows: list[list[int]], filler: int) -> "torch.Tensor":
+            return to_device([row + [filler] * (seq_len - len(row)) for row in rows], self.device)
 
         inputs = {
             "input_ids": padded([e.input_ids for e in examples], self.pad_token_id),
             "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
         }
-        return self._micro_batch(inputs, [row * width for row in range(len(examples))], examples, None)
+        return self._micro_batch(inputs, [row * seq_len for row in range(len(examples))], examples, None)
 
     def _micro_batch(
         self, inputs: "dict[str, torch.Tensor]", starts: list[int], examples: list[Encoded], pack: "Pack | None"
@@ -112,16 +112,18 @@ class Collator:
         """`starts`: where each example's first token is in the flattened input, or would be without a shared prefix."""
         import torch
 
-        at, targets = [], []
+        from llm_adapters.ops.packing import to_device
+
+        label_positions, targets = [], []
         for start, example in zip(starts, examples, strict=True):
             # No token predicts the first one, so that a label there cannot be learnt.
             positions = [i for i in range(1, len(example.labels)) if example.labels[i] != IGNORED]
-            at += [start + position - 1 for position in positions]
+            label_positions += [start + position - 1 for position in positions]
             targets += [example.labels[position] for position in positions]
         return MicroBatch(
             inputs,
-            torch.tensor(at, dtype=torch.int64, device=self.device),
-            torch.tensor(targets, dtype=torch.int64, device=self.device),
+            to_device(label_positions, self.device, torch.int64),
+            to_device(targets, self.device, torch.int64),
             pack,
             sum(len(example.input_ids) for example in examples),
         )

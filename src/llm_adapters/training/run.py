@@ -233,6 +233,7 @@ def _fit(
     trainer.add_callback(recorder)
     with display or contextlib.nullcontext(), stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.check_loss()
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint: "

@@ -28,6 +28,9 @@ class AdapterTrainer(StepTrainer):
     """
 
     tokens_seen = 0  # by this process, no padding counted
+    _unchecked: "tuple[int, torch.Tensor, torch.cuda.Event] | None" = (
+        None  # step, its loss on the host, when it is there
+    )
 
     def training_step(
         self,
@@ -46,15 +49,36 @@ class AdapterTrainer(StepTrainer):
                 with self.compute_loss_context_manager():
                     # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
                     loss = model(**micro.arguments())["loss"] / count * self.accelerator.num_processes
-                if not torch.isfinite(loss):
-                    raise WorkError(
-                        f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate,"
-                        " or use model.dtype float32 or bfloat16 instead of float16"
-                    )
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self._check_later(total)
         self.tokens_seen += sum(micro.tokens for micro in micro_batches)
         return total
+
+    def _check_later(self, loss: torch.Tensor) -> None:
+        """Check that a step's loss is finite; on a GPU when the next step has begun, so that the host never waits."""
+        before, step = self._unchecked, self.state.global_step + 1
+        if loss.device.type != "cuda":
+            _require_finite(step, loss)
+            return
+        copy = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._unchecked = step, copy, arrived
+        if before is not None:
+            before[2].synchronize()
+            _require_finite(before[0], before[1])
+
+    def check_loss(self) -> None:
+        """Check the last step's loss, before anything of it is written.
+
+        Raises:
+            WorkError: it is not finite.
+        """
+        before, self._unchecked = self._unchecked, None
+        if before is not None:
+            before[2].synchronize()
+            _require_finite(before[0], before[1])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer's estimate knows nothing of packs."""
@@ -66,6 +90,7 @@ class AdapterTrainer(StepTrainer):
 
     def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write the adapter into a checkpoint."""
+        self.check_loss()
         checkpoints.save_weights(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -85,6 +110,14 @@ class AdapterTrainer(StepTrainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _require_finite(step: int, loss: torch.Tensor) -> None:
+    if not torch.isfinite(loss):
+        raise WorkError(
+            f"the loss is {loss.item()} at step {step}: lower training.learning_rate,"
+            " or use model.dtype float32 or bfloat16 instead of float16"
+        )
 
 
 class Recorder(TrainerCallback):

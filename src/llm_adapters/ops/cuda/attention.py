@@ -10,7 +10,7 @@ from llm_adapters.ops.packing import Pack
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
+    varlen_attn = None
 
 _PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
 

@@ -1,0 +1,357 @@
+"""How fast are adapters trained on a GPU? Prints a table, or one JSON document with --json.
+
+    python benchmarks/gpu_training.py --json --models 7b 1b --methods lora series parallel
+    python benchmarks/gpu_training.py --models tiny --steps 4    # tries the script, on any machine
+
+The job: a Llama of the named shape with random bfloat16 weights (nothing is downloaded), GSM8K's token ids or, without
+--data, random ids in GSM8K's lengths (at most 256 tokens, mean about 172, a shared prefix of 24, labels on the second
+half), 16 examples an optimiser step, AdamW. LoRA r=32, alpha=64, dropout 0.05 on q, k, v, up and down; series and
+parallel adapters of size 256 on the MLP.
+
+Measured: real tokens (no padding) a second between two synchronised clocks after some steps, the device's peak memory,
+and the first and the last loss. Each contestant runs in a process of its own.
+
+ours           `FastPaths`, `Collator` and the Trainer of `llm_adapters.train`, with the step in one pack.
+padded         transformers.Trainer and PEFT, adapters in bfloat16, rows grouped by length, fused AdamW (LoRA only).
+padding_free   the same without padding: `DataCollatorWithFlattening`, torch's variable-length attention, Liger (LoRA
+               only; null with the reason where Liger is not installed).
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+
+SHAPES: dict[str, tuple[int, ...]] = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "tiny": (64, 128, 2, 4, 2, 512),
+}
+PEERS = ("padded", "padding_free")
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+IGNORED = -100
+
+
+def base_model(name: str) -> Any:
+    """A random model of the shape, in bfloat16, on the GPU if there is one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[name]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=name in ("1b", "135m"),
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def examples(path: str | None, vocab: int, count: int, length: int) -> list[dict[str, list[int]]]:
+    """Rows of ids and labels, folded into the vocabulary; `length` above 256: random rows of that length."""
+    draw = random.Random(0)
+    if path and length <= 256:
+        rows = json.loads(Path(path).read_text())
+    else:
+        prefix, rows = [draw.randrange(4, vocab) for _ in range(24)], []
+        for _ in range(count):
+            size = length if length > 256 else min(256, max(48, int(draw.gauss(172, 45))))
+            ids = prefix + [draw.randrange(4, vocab) for _ in range(size - len(prefix))]
+            rows.append({"input_ids": ids, "labels": [IGNORED] * (size // 2) + ids[size // 2 :]})
+
+    def folded(ids: list[int]) -> list[int]:
+        return [4 + (i - 4) % (vocab - 4) if i >= vocab else i for i in ids[:length]]
+
+    rows = [{key: folded(row[key]) for key in ("input_ids", "labels")} for row in rows]
+    return (rows * -(-count // len(rows)))[:count]
+
+
+class Meter:
+    """Tells, as a callback of Trainer, when the timed steps begin and end."""
+
+    def __init__(self, warm_up: int) -> None:
+        from transformers import TrainerCallback
+
+        meter = self
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == warm_up:
+                    meter.begin()
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                meter.losses += [logs["loss"]] if logs and "loss" in logs else []
+
+        self.callback, self.losses, self.started = Callback(), [], 0.0
+
+    def begin(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.started
+
+
+def trainer_arguments(spec: dict[str, Any], folder: str, batch: int, accumulate: int, **more: Any) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=spec["steps"],
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=3e-4,
+        warmup_steps=1,
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=spec["steps"] - spec["warm_up"],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=0,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=spec["checkpointing"],
+        **more,
+    )
+
+
+def ours(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    from peft import get_peft_model
+
+    from llm_adapters import methods
+    from llm_adapters.fast_paths import FastPaths
+    from llm_adapters.tasks.templates import Encoded
+    from llm_adapters.training.collator import Collator
+    from llm_adapters.training.trainer import AdapterTrainer
+
+    model = base_model(spec["model"])
+    options: dict[str, Any] = {"placement": ["mlp"], "bottleneck_size": 256, "bottleneck_dropout": spec["dropout"]}
+    if spec["method"] == "lora":
+        options = {"r": 32, "lora_alpha": 64, "lora_dropout": spec["dropout"], "target_modules": TARGETS}
+    model = get_peft_model(model, methods.adapter_config(spec["method"], model, **options))
+    if spec["checkpointing"]:
+        model.enable_input_require_grads()
+    rows = examples(spec["data"], SHAPES[spec["model"]][5], spec["steps"] * spec["batch"], spec["length"])
+    data = [Encoded(row["input_ids"], row["labels"], 0) for row in rows]
+    meter = Meter(spec["warm_up"])
+    began = time.perf_counter()
+    with FastPaths(model) as fast:
+        tried = time.perf_counter() - began
+        trainer = AdapterTrainer(
+            model=model,
+            args=trainer_arguments(
+                spec, folder, spec["batch"], 1, activation_checkpointing_kwargs={"use_reentrant": False}
+            ),
+            data_collator=Collator(0, fast.packs, spec["pack"], None, model.device),
+            train_dataset=data,
+            callbacks=[meter.callback],
+        )
+        trainer.train_sampler = lambda examples: range(len(examples))  # type: ignore[method-assign]
+        if spec["profile"]:
+            return profiled(trainer, spec)
+        trainer.train()
+        seconds = meter.seconds()
+    return result(spec, rows, seconds, meter.losses, fast_paths=fast.report, trial_seconds=round(tried, 2))
+
+
+def profiled(trainer: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    """Which functions of the device take the time of the steps after the first ones."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        trainer.train()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:40]
+    total = sum(e.self_device_time_total for e in profile.key_averages())
+    rows = [[e.key[:90], e.count, round(e.self_device_time_total / 1000, 2)] for e in events]
+    return {"device_ms": round(total / 1000, 1), "steps": spec["steps"], "kernels": rows}
+
+
+def peer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening, Trainer
+
+    flat = spec["contestant"] == "padding_free"
+
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, dropout: float = 0.0, **kw: Any):
+        group = q.shape[1] // k.shape[1]
+        q, k, v = (part[0].transpose(0, 1) for part in (q, k, v))
+        k, v = (part.repeat_interleave(group, 1) for part in (k, v))
+        ends, longest = kw["cu_seq_lens_q"], kw["max_length_q"]
+        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+
+    model = base_model(spec["model"])
+    if flat:
+        AttentionInterface.register("varlen", attention)
+        AttentionMaskInterface.register("varlen", lambda *_, **__: None)
+        model.set_attn_implementation("varlen")
+    lora = LoraConfig(r=32, lora_alpha=64, lora_dropout=spec["dropout"], target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if spec["checkpointing"]:
+        model.enable_input_require_grads()
+    rows = examples(spec["data"], SHAPES[spec["model"]][5], spec["steps"] * spec["batch"], spec["length"])
+
+    def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = -(-max(len(row["input_ids"]) for row in batch) // 8) * 8
+        filler = {"input_ids": 0, "labels": IGNORED}
+        found = {
+            key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in batch])
+            for key, value in filler.items()
+        }
+        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
+        return found | {"attention_mask": torch.tensor(mask)}
+
+    meter = Meter(spec["warm_up"])
+    arguments = trainer_arguments(
+        spec,
+        folder,
+        spec["batch"],
+        1,
+        use_liger_kernel=flat,
+        train_sampling_strategy="random" if flat else "group_by_length",
+        dataloader_num_workers=2 if torch.cuda.is_available() else 0,
+    )
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True) if flat else padded
+    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[meter.callback]).train()
+    return result(spec, rows, meter.seconds(), meter.losses)
+
+
+def result(spec: dict[str, Any], rows: list[Any], seconds: float, losses: list[float], **more: Any) -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    timed = rows[spec["warm_up"] * spec["batch"] :]
+    tokens = sum(len(row["input_ids"]) for row in timed)
+    return {
+        "tokens_per_second": round(tokens / seconds, 1),
+        "step_ms": round(1000 * seconds / (spec["steps"] - spec["warm_up"]), 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "needed_tflops": round(flops(spec, timed) / seconds / 1e12, 1),
+        "losses": [round(loss, 4) for loss in losses],
+        **more,
+    }
+
+
+def flops(spec: dict[str, Any], rows: list[Any]) -> float:
+    """Operations that the timed steps need, with nothing shared and nothing computed twice (design: 4 P_body + ...)."""
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[spec["model"]]
+    kv = hidden // heads * kv_heads
+    body = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate)
+    adapter = layers * 2 * 256 * hidden
+    if spec["method"] == "lora":
+        sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, intermediate), (intermediate, hidden)]
+        adapter = layers * sum(32 * (a + b) for a, b in sizes)
+    lengths = [len(row["input_ids"]) for row in rows]
+    labels = sum(label != IGNORED for row in rows for label in row["labels"])
+    attention = 6 * layers * hidden * sum(n * n for n in lengths)
+    return (4 * body + 6 * adapter) * sum(lengths) + 4 * hidden * vocab * labels + attention
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """One contestant in a process of its own; what it printed last, or why there is nothing."""
+    command = [sys.executable, __file__, "--contestant", json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"tokens_per_second": None, "reason": done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def contest(spec: dict[str, Any]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps((ours if spec["contestant"] == "ours" else peer)(spec, folder)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--models", nargs="+", default=["7b"], choices=SHAPES)
+    parser.add_argument("--methods", nargs="+", default=["lora"], choices=["lora", "series", "parallel"])
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
+    parser.add_argument("--batch", type=int, default=16, help="examples an optimiser step")
+    parser.add_argument("--length", type=int, default=256, help="above 256: rows of that length")
+    parser.add_argument("--pack", type=int, default=16384, help="tokens of a pack")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--warm-up", type=int, default=4, help="steps that are not timed")
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--data", help="JSON rows of input_ids and labels")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where the device's time goes, instead")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.contestant:
+        contest(json.loads(asked.contestant))
+        return
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    document: dict[str, Any] = {"device": device, "versions": common.versions("liger-kernel", "triton")}
+    document["job"] = {key: value for key, value in vars(asked).items() if key not in ("json", "contestant", "data")}
+    shared = {key: getattr(asked, key) for key in ("batch", "length", "pack", "steps", "warm_up", "dropout", "data")}
+    shared |= {"checkpointing": asked.checkpointing, "profile": asked.profile}
+    for model in asked.models:
+        rows = document[model] = {}
+        for method in asked.methods:
+            spec = shared | {"model": model, "method": method}
+            names = ["ours", *(asked.peers if method == "lora" else [])]
+            runs = {name: [] for name in names}
+            for _ in range(asked.repeats):
+                for name in names:
+                    runs[name].append(run(spec | {"contestant": name}))
+            rows[method] = summary(runs)
+            print(json.dumps({model: {method: rows[method]}}), file=sys.stderr, flush=True)
+    print(json.dumps(document, indent=2 if not asked.json else None))
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The median run of ours, and its rate in those of the peers."""
+
+    def median(found: list[dict[str, Any]]) -> dict[str, Any]:
+        ordered = sorted(found, key=lambda one: one.get("tokens_per_second") or 0)
+        return ordered[len(ordered) // 2]
+
+    best = {name: median(found) for name, found in runs.items()}
+    own = best["ours"]
+    ratios = {
+        f"ratio_{name}": round(own["tokens_per_second"] / one["tokens_per_second"], 3)
+        if own.get("tokens_per_second") and one.get("tokens_per_second")
+        else None
+        for name, one in best.items()
+        if name != "ours"
+    }
+    return own | ratios | {"contestants": best} if ratios else own
+
+
+if __name__ == "__main__":
+    main()
