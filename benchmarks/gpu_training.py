@@ -167,7 +167,12 @@ def ours(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         trainer = AdapterTrainer(
             model=model,
             args=trainer_arguments(
-                spec, folder, spec["batch"], 1, activation_checkpointing_kwargs={"use_reentrant": False}
+                spec,
+                folder,
+                spec["batch"],
+                1,
+                activation_checkpointing_kwargs={"use_reentrant": False},
+                dataloader_pin_memory=False,
             ),
             data_collator=Collator(0, fast.packs, spec["pack"], None, model.device),
             train_dataset=data,
