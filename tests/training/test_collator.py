@@ -73,7 +73,7 @@ def test_every_label_is_predicted_once_from_the_token_before_it(
 
 
 def test_packs_are_of_about_equal_size() -> None:
-    packs = make_packs([100] * 13, prefix=20, budget=420)
+    packs = make_packs([100] * 13, prefix=20, max_tokens=420)
     assert sorted(len(pack) for pack in packs) == [4, 4, 5]
 
 

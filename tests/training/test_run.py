@@ -87,7 +87,7 @@ def test_the_run_folder_says_what_ran(models: dict[str, Path], tmp_path: Path) -
     assert manifest["adapter"]["trainable_parameters"] == 2 * (32 * 8 + 8 * 32)
     assert manifest["seed"] == 42
     assert manifest["tokens_per_second"] > 0
-    assert manifest["fast_paths"]["packing"] == manifest["fast_paths"]["fused head"] == "on"
+    assert manifest["fast_paths"]["packing"] == manifest["fast_paths"]["fused linear cross-entropy"] == "on"
     log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert log == run.log
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
@@ -245,9 +245,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(models: dict[str, Path
 def test_a_loss_that_is_not_finite_ends_the_run_in_a_sentence(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_adapters.ops import cross_entropy as head
-
-    monkeypatch.setattr(head, "fused_linear_cross_entropy", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        "llm_adapters.fast_paths.forward.fused_linear_cross_entropy",
+        lambda *_: torch.tensor(float("nan"), requires_grad=True),
+    )
     with pytest.raises(WorkError, match="the loss is nan at step 1"):
         train(small(models["llama"]), tmp_path / "run", progress=False)
 

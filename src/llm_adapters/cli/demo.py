@@ -133,9 +133,9 @@ def tiny_model() -> Path:
     """Folder with a tiny random llama and a tokenizer made from the demo's own text; made once, in the cache."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-    from transformers.utils import logging as transformers_logging
 
     from llm_adapters.files import cache_folder
+    from llm_adapters.models.sources import quiet
     from llm_adapters.tasks import wordproblems
 
     folder = cache_folder("models") / "tiny-random-llama"
@@ -171,8 +171,8 @@ def tiny_model() -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    transformers_logging.disable_progress_bar()
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "done").touch()
     return folder

@@ -55,9 +55,10 @@ def mismatch(found: torch.Tensor, own: torch.Tensor, reference: torch.Tensor, ro
         for values in (found.double().reshape(truth.shape) - truth, own.double().reshape(truth.shape) - truth, truth)
     )
     floor = FLOOR.get(own.dtype, FLOOR[torch.float32]) ** 2
-    # A row of the model's own may be right by luck: what is usual counts too.
-    usual = torch.maximum(own_error.mean() / size.mean().clamp_min(1e-300), own_error.new_tensor(floor))
-    rows = (error / torch.maximum(own_error, usual * size).clamp_min(1e-300)).nan_to_num(torch.inf)
+    # A row of the model's own may be right by luck: what is usual counts too. The median, as the first token of trained
+    # models is larger by far than the others, and its error with it.
+    usual = torch.maximum(own_error, own_error.median())
+    rows = (error / torch.maximum(usual, floor * size).clamp_min(1e-300)).nan_to_num(torch.inf)
     whole = error.mean() / torch.maximum(own_error.mean(), floor * size.mean()).clamp_min(1e-300)
     times, row_times = torch.stack((whole, rows.max())).sqrt().tolist()
     if times <= (BEHIND_ROUTERS if routed else TIMES) and (routed or row_times <= ROW_TIMES):
@@ -186,7 +187,7 @@ def away_from_identity(base: nn.Module) -> Iterator[None]:
     changed = []
     for parameter in base.parameters():
         if parameter.requires_grad and not parameter.detach().any():
-            std = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            std = 0.1 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
             values = torch.randn(parameter.shape, generator=generator) * std
             changed.append(parameter)
             parameter.data.copy_(values)
