@@ -49,7 +49,9 @@ class AdapterTrainer(StepTrainer):
                 with self.compute_loss_context_manager():
                     # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
                     loss = model(**micro.arguments())["loss"] / count * self.accelerator.num_processes
-                self.accelerator.backward(loss)
+                # Backward functions are Python's own: a thread for them would only wait for this one.
+                with torch.autograd.set_multithreading_enabled(False):
+                    self.accelerator.backward(loss)
             total += loss.detach()
         self._check_later(total)
         self.tokens_seen += sum(micro.tokens for micro in micro_batches)

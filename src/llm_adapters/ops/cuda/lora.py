@@ -22,7 +22,18 @@ _MAX_RANK = 128  # columns that one program holds
 
 @triton.jit
 def _down_kernel(
-    x, a, out, seed, threshold, rows, features: tl.constexpr, rank, ROWS: tl.constexpr, K: tl.constexpr, R: tl.constexpr
+    x,
+    a,
+    out,
+    seed,
+    threshold,
+    scale,
+    rows,
+    features: tl.constexpr,
+    rank,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
 ):
     # out (rows, rank) = dropout(x) (rows, features) a^T (features, rank)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -38,12 +49,12 @@ def _down_kernel(
         down = tl.load(a + r[None, :] * features + k[:, None], (r[None, :] < rank) & (k[:, None] < features), other=0.0)
         total = tl.dot(tile, down, total)
     inside = (row[:, None] < rows) & (r[None, :] < rank)
-    tl.store(out + row[:, None] * rank + r[None, :], total.to(out.dtype.element_ty), inside)
+    tl.store(out + row[:, None] * rank + r[None, :], (total * scale).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _up_add_kernel(
-    h, a, out, seed, threshold, rows, features, rank, ROWS: tl.constexpr, K: tl.constexpr, R: tl.constexpr
+    h, a, out, seed, threshold, scale, rows, features, rank, ROWS: tl.constexpr, K: tl.constexpr, R: tl.constexpr
 ):
     # out (rows, features) += dropout(h (rows, rank) a (rank, features))
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -51,7 +62,7 @@ def _up_add_kernel(
     r = tl.arange(0, R)
     left = tl.load(h + row[:, None] * rank + r[None, :], (row[:, None] < rows) & (r[None, :] < rank), other=0.0)
     right = tl.load(a + r[:, None] * features + k[None, :], (r[:, None] < rank) & (k[None, :] < features), other=0.0)
-    product = tl.dot(left, right)
+    product = tl.dot(left, right) * scale
     index = row[:, None] * features + k[None, :]
     inside = (row[:, None] < rows) & (k[None, :] < features)
     value = tl.load(out + index, inside, other=0.0).to(tl.float32)
@@ -95,17 +106,15 @@ def linear_lora(
     """See `ops.linear.linear_lora`."""
     a, b, a_scale, b_scale, seed, p, drops_input = branch
     assert seed is not None
-    down, up = (
-        part.to(x.dtype) if factor == 1.0 else (part * factor).to(x.dtype)
-        for part, factor in ((a, a_scale), (b, b_scale))
-    )
+    down, up = a.to(x.dtype), b.to(x.dtype)
     out, x = functional.linear(x, weight, bias), x.contiguous()
+    hidden = x.new_empty(len(x), len(down))
+    # The factors are the products' own: no pass over a matrix for them.
     if drops_input:
-        hidden = x.new_empty(len(x), len(down))
-        _run_down(x, down.contiguous(), hidden, seed, p)
-        return out.addmm_(hidden, up.t()), hidden
-    hidden = x @ down.t()
-    _run_up_add(hidden, up.t().contiguous(), out, seed, p)
+        _run_down(x, down.contiguous(), hidden, seed, p, a_scale)
+        return out.addmm_(hidden, up.t(), alpha=b_scale), hidden
+    torch.addmm(hidden, x, down.t(), beta=0, alpha=a_scale, out=hidden)
+    _run_up_add(hidden, up.t().contiguous(), out, seed, p, b_scale)
     return out, hidden
 
 
@@ -122,14 +131,17 @@ def grad_weight(left: torch.Tensor, x: torch.Tensor, scale: float, seed: torch.T
     return out
 
 
-def _run_down(x: torch.Tensor, a: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, p: float) -> None:
+def _run_down(x: torch.Tensor, a: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, p: float, scale: float) -> None:
     (rows, features), rank = x.shape, len(a)
     sizes = {"ROWS": 16, "K": 128, "R": max(16, triton.next_power_of_2(rank))}
-    _down_kernel[(triton.cdiv(rows, 16),)](x, a, out, seed, threshold(p), rows, features, rank, **sizes)
+    numbers = threshold(p), float(scale), rows, features, rank
+    _down_kernel[(triton.cdiv(rows, 16),)](x, a, out, seed, *numbers, **sizes)
 
 
-def _run_up_add(h: torch.Tensor, a: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, p: float) -> None:
+def _run_up_add(
+    h: torch.Tensor, a: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, p: float, scale: float
+) -> None:
     (rows, rank), features = h.shape, a.shape[1]
     sizes = {"ROWS": 64, "K": 64, "R": max(16, triton.next_power_of_2(rank))}
-    grid = (triton.cdiv(rows, 64), triton.cdiv(features, 64))
-    _up_add_kernel[grid](h, a, out, seed, threshold(p), rows, features, rank, **sizes)
+    numbers = threshold(p), float(scale), rows, features, rank
+    _up_add_kernel[(triton.cdiv(rows, 64), triton.cdiv(features, 64))](h, a, out, seed, *numbers, **sizes)
