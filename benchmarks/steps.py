@@ -25,17 +25,17 @@ _FAST_PATHS, _OPS = "llm_adapters.fast_paths", "llm_adapters.ops"
 STEPS: dict[str, dict[str, Any]] = {
     "plain: transformers and PEFT, 4 examples at a time, padded": {},
     "rows by length, logits at labels only": {},
-    "output head and loss in one": {f"{_FAST_PATHS}.session.FastPaths._why_no_head": lambda *_: "left out"},
-    "packs of 1,024 tokens": {f"{_FAST_PATHS}.session._why_not": lambda *_: "left out"},
+    "output head and loss in one": {f"{_FAST_PATHS}.session.FastPaths._unfused_reason": lambda *_: "left out"},
+    "packs of 1,024 tokens": {f"{_FAST_PATHS}.session._unpacked_reason": lambda *_: "left out"},
     "shared prefix": {"llm_adapters.training.collator._shared": lambda _: 0},
-    "LoRA in one function, cheap dropout": {f"{_FAST_PATHS}.lora.lora_weight": lambda _: None},
-    "RMS norm, gated MLP, rotary positions": {
-        f"{_FAST_PATHS}.layers.rms_parts": lambda _: None,
-        f"{_FAST_PATHS}.layers.is_silu_mlp": lambda _: False,
-        f"{_FAST_PATHS}.session._modelling_file": lambda _: None,
+    "LoRA in one function, sparse dropout": {f"{_FAST_PATHS}.lora.base_weight": lambda _: None},
+    "RMS norm, SwiGLU, rotary positions": {
+        f"{_FAST_PATHS}.rms_norm.match": lambda _: None,
+        f"{_FAST_PATHS}.swiglu.match": lambda _: False,
+        f"{_FAST_PATHS}.rotary.modelling_file": lambda _: None,
     },
-    "kept memory": {f"{_OPS}.cpu.allocator.keep_memory": lambda: False, f"{_OPS}.cpu.allocator.arena": lambda: None},
-    "kernels": {f"{_OPS}.backends.disabled": True},
+    "memory arena": {f"{_OPS}.cpu.allocator.keep_memory": lambda: False, f"{_OPS}.cpu.allocator.arena": lambda: None},
+    "C functions": {f"{_OPS}.backends.disabled": True},
     "packs of 2,688 tokens": {},
 }
 NAMES = list(STEPS)
