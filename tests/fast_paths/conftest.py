@@ -1,10 +1,8 @@
 import pytest
+from backend_fixtures import functions, one_thread  # noqa: F401 -- fixtures
 
-from llm_adapters.ops import backends
 
-
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
-def functions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything holds with the compiled functions, and with torch's in their place."""
-    monkeypatch.setattr(backends, "disabled", request.param == "torch")
-    return request.param
+@pytest.fixture(autouse=True)
+def both_ways(functions: str) -> str:  # noqa: F811
+    """Every test here runs with the compiled functions and without."""
+    return functions

@@ -10,7 +10,7 @@ from llm_adapters.compat.peft import NO_ADAPTER
 
 
 class Route:
-    """Which rows of the current forward are of which adapter; the layers look here.
+    """The adapter of each row of the current forward; the layers look here.
 
     Args:
         names: the adapters.

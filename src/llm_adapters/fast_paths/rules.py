@@ -43,7 +43,7 @@ class Context:
 
     @property
     def prepack(self) -> bool:
-        """Whether weights are laid out once, in blocks."""
+        """True where weights are laid out once, in blocks."""
         return self.unpackable is None
 
     @functools.cached_property

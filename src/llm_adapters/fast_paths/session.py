@@ -199,7 +199,7 @@ class FastPaths:
             return Probe(own, self._traced(sequence))
 
     def _record_attention(self, sequences: list[list[int]]) -> str | None:
-        """Add queries, keys and values to the probes, where a wrong position is plain to see; why there are none."""
+        """Add queries, keys and values to the probes, where a wrong position is seen; returns why not."""
         try:
             with self._attention_replaced():
                 for number in self._adapters():
@@ -306,7 +306,7 @@ class FastPaths:
         return None
 
     def _unfused_reason(self, sequence: list[int]) -> str | None:
-        """Why the output head and the loss cannot be one; None where they can."""
+        """Say why the output head and the loss cannot be one; None where they can."""
         output = self.base.get_output_embeddings()
         if type(output) is not nn.Linear or any(p.requires_grad for p in output.parameters()):
             return "the output head is trained, or is no plain linear layer"
@@ -321,7 +321,7 @@ class FastPaths:
 
     @property
     def adapter_count(self) -> int:
-        """How many adapters a batch may name."""
+        """Number of adapters that a batch may name."""
         return 1 if self.route is None else len(self.route.names)
 
     def use_adapter(self, adapter: int, rows: int) -> None:
@@ -335,7 +335,7 @@ class FastPaths:
 
 
 def _unpacked_reason(model: Any, base: Any, inference: bool) -> str | None:
-    """Why packs are not even tried. Generation keeps a learned prefix in its cache."""
+    """Say why packs are not even tried; None where they are. Generation keeps a learned prefix in its cache."""
     if routing.prompt_learning(model) and not (inference and routing.is_prefix_tuning(model)):
         return "the method puts tokens before the sequence"
     if not attention_is_replaceable(base):
@@ -344,7 +344,7 @@ def _unpacked_reason(model: Any, base: Any, inference: bool) -> str | None:
 
 
 def _unrouted_reason(model: Any, names: Sequence[str]) -> str | None:
-    """Why the adapters `names` cannot be computed in one forward, as far as can be said without trying it."""
+    """Say why the adapters `names` cannot be computed in one forward, as far as can be said without trying it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -66,7 +66,7 @@ class _Request:
 
 
 class Engine:
-    """Answers requests with an accelerated model. The cache grows with what is asked, and is kept.
+    """Answers requests with a model whose fast paths are on. The cache grows with what is asked, and is kept.
 
     Args:
         fast_paths: the model's, on, for inference, with `packs`.

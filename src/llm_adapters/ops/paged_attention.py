@@ -135,8 +135,8 @@ def _decode_reference(
     by_block = scores[:, :, :columns].unflatten(-1, (max_blocks, BLOCK_SIZE))
 
     # Scores of the blocks. A block of nobody takes the last sequence's queries: its results go to the row after it.
-    asking = batch.cached("asking", lambda: owner.clamp(max=count - 1))
-    block_queries = queries.index_select(0, asking).view(num_owned * num_kv_heads, -1, head_dim)
+    kept_owner = batch.cached("kept_owner", lambda: owner.clamp(max=count - 1))
+    block_queries = queries.index_select(0, kept_owner).view(num_owned * num_kv_heads, -1, head_dim)
     products = torch.bmm(block_queries, keys.flatten(0, 1).transpose(1, 2))
     by_block[owner, :, index] = products.view(num_owned, -1, BLOCK_SIZE)
     # Scores of the prefix: for each adapter one product with the rows of all its sequences,
