@@ -127,7 +127,7 @@ def _done(result: dict) -> None:
 
 
 def flops(job: dict, answers: list[list[int]], adapter_parameters: int) -> float:
-    """The FLOPs that these answers cannot be had without: 2 for each weight that a token meets.
+    """The FLOPs that these answers need at least: 2 for each weight that a token meets.
 
     The shared prompt prefix is computed once. The last token of an answer is generated, and not computed. Attention
     scores and norms are left out.

@@ -19,6 +19,7 @@ from unittest import mock
 
 import common
 import training
+import training_peers
 
 _FAST_PATHS, _OPS = "llm_adapters.fast_paths", "llm_adapters.ops"
 # What a row turns on, and what is put in its place in the rows above it.
@@ -51,8 +52,8 @@ def step(spec: dict) -> dict:
     from llm_adapters.tasks.templates import Encoded
     from llm_adapters.training import Collator, FastPaths
 
-    model, tokenizer, data = training.load(spec)
-    model = get_peft_model(model, training.peft_config("lora", 0.05)).train()
+    model, tokenizer, data = training_peers.load(spec)
+    model = get_peft_model(model, training_peers.peft_config("lora", 0.05)).train()
     if "length" in spec:
         length, half = spec["length"], spec["length"] // 2
         drawn = torch.randint(0, 40000, (max(2, 12288 // length), length), generator=torch.Generator().manual_seed(0))
@@ -60,10 +61,10 @@ def step(spec: dict) -> dict:
         batch = max(1, 4096 // length)
     else:
         examples = [Encoded(row["input_ids"], row["labels"], 0) for row in data["train"]]
-        batch = training.BATCH
+        batch = training_peers.BATCH
     at = NAMES.index(spec["step"])
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.LEARNING_RATE)
+    optimizer = torch.optim.AdamW(parameters, lr=training_peers.LEARNING_RATE)
     collate = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt")
     times, tokens = [], []
     with contextlib.ExitStack() as stack:
@@ -106,8 +107,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64, help="a multiple of 16; 32 or more")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead: sequences of so many tokens")
     asked = parser.parse_args()
-    if asked.examples % training.BATCH or asked.examples <= WARM_UP * training.BATCH:
-        parser.error(f"--examples {asked.examples}: a multiple of {training.BATCH}, and more than {training.BATCH}")
+    if asked.examples % training_peers.BATCH or asked.examples <= WARM_UP * training_peers.BATCH:
+        parser.error(
+            f"--examples {asked.examples}: a multiple of {training_peers.BATCH}, and more than {training_peers.BATCH}"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         job = training.prepare(asked.examples, Path(temporary))
         spec = {"contestant": "step", "model": job["model"], "folder": temporary}
@@ -129,7 +132,12 @@ def main() -> None:
         for name, done in results.items()
     }
     if asked.json:
-        settings = {"examples": asked.examples, "repeats": asked.repeats, "dropout": 0.05, "batch_size": training.BATCH}
+        settings = {
+            "examples": asked.examples,
+            "repeats": asked.repeats,
+            "dropout": 0.05,
+            "batch_size": training_peers.BATCH,
+        }
         document = {"steps": rows, "versions": common.versions(), "machine": machine, "settings": settings}
         print(json.dumps(document, indent=2))
         return
