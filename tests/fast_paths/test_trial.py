@@ -169,6 +169,21 @@ def test_a_fast_path_that_raises_is_off_alone(monkeypatch: pytest.MonkeyPatch) -
     assert found["SwiGLU"].startswith(ON)
 
 
+def test_a_model_that_cannot_be_tried_keeps_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(base: Any) -> Any:
+        raise TypeError("no float32 here")
+
+    model = adapted("llama", "lora").eval()
+    ids = torch.tensor([trial.probe_sequences(model.get_base_model())[1]])
+    expected = model(input_ids=ids).logits
+    monkeypatch.setattr(trial, "in_float32", fails)
+    with FastPaths(model) as fast:
+        assert not fast.packs
+        tried = {name: reason for name, reason in fast.report.items() if name not in ("memory arena", "C functions")}
+        assert set(tried.values()) == {"the trial failed (TypeError: no float32 here)"}
+        assert torch.equal(model(input_ids=ids).logits, expected)
+
+
 @pytest.mark.slow
 def test_a_deep_random_model_in_bfloat16_keeps_everything() -> None:
     """Differences of two right ways grow with the depth; the trial must not mind."""

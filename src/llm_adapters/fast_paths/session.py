@@ -33,6 +33,13 @@ class Probe:
     own: trial.Trace
     reference: trial.Trace
 
+    def last_logits(self, count: int = 8) -> "Probe":
+        """Keep the logits of the last `count` tokens, and nothing else."""
+        own, reference = (
+            trial.Trace({"logits": t.points["logits"][-count:].clone()}) for t in (self.own, self.reference)
+        )
+        return Probe(own, reference)
+
 
 class FastPaths:
     """A model's faster forwards, as a context: inside, they are on; afterwards the model is as it was.
@@ -132,10 +139,21 @@ class FastPaths:
                 if not self.inference:
                     stack.enter_context(trial.away_from_identity(self.base))
                 self._try_all(context, reason)
-        except RequestError as error:  # the decoder's layers cannot be told
+        except Exception as error:  # the decoder's layers cannot be told, or the model does not run in float32
             self._patches.undo(down_to=1)
             self.packs = self.fused_cross_entropy = False
-            self.report |= dict.fromkeys((PACKING, SHARED_PREFIX, FUSED_CROSS_ENTROPY), str(error))
+            reason = f"the trial failed ({_told(error)})"
+            mode = INFERENCE if self.inference else TRAINING
+            names = (
+                *(row.name for row in FAST_PATHS if mode in row.modes),
+                PACKING,
+                SHARED_PREFIX,
+                FUSED_CROSS_ENTROPY,
+            )
+            self.report |= dict.fromkeys(names, reason)
+        # Generation tries its engine against the last logits; the rest is not needed any more.
+        kept = self.probe if self.inference else []
+        self.probe = [[probe.last_logits() for probe in probes] for probes in kept]
 
     # --- the trial
 
@@ -245,7 +263,7 @@ class FastPaths:
             installed = [m for m, found in matched if row.install(m, found, context, self._patches)]
             refused = compare() if installed else None
         except Exception as error:
-            refused = f"it failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            refused = f"it failed ({_told(error)})"
         if refused:
             self._patches.undo(down_to=mark)
             return refused
@@ -332,6 +350,10 @@ class FastPaths:
     def hidden_states(self, pack: Pack) -> torch.Tensor:
         """Compute the decoder's last hidden states of a pack, (1, tokens, hidden size)."""
         return hidden_states(self.base, pack)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _unpacked_reason(model: Any, base: Any, inference: bool) -> str | None:
