@@ -5,11 +5,16 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from capabilities import pytest_addoption, pytest_configure  # noqa: F401 -- hooks of pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors gain nothing from a second thread, and threads that wait for each other on a busy machine lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Triton's functions run in its interpreter where there is no GPU; it asks once, when the first test imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # hypothesis would fail an example that takes more than 0.2 s, as any does on a busy machine.
 hypothesis.settings.register_profile("unhurried", deadline=None)

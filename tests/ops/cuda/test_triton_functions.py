@@ -1,12 +1,7 @@
 """Triton functions against the plain references: on a GPU where there is one, else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before the import below
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
