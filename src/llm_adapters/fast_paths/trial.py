@@ -81,12 +81,17 @@ def probe_sequences(base: Any) -> list[list[int]]:
 # --- a model made short
 
 
+_chosen: dict[int, tuple[nn.ModuleList, list[int]]] = {}  # of the models that are `shortened`, by id
+
+
 def chosen_layers(base: nn.Module) -> tuple[nn.ModuleList, list[int]]:
     """The decoder's layers, and the indices of those that the trial computes: the first two, and one of each kind.
 
     Raises:
         RequestError: the model's decoder layers cannot be told.
     """
+    if id(base) in _chosen:
+        return _chosen[id(base)]
     layers = architectures.decoder_layers(base)[1]
     types = getattr(architectures.text_config(base), "layer_types", None) or [None] * len(layers)
 
@@ -104,7 +109,7 @@ def chosen_layers(base: nn.Module) -> tuple[nn.ModuleList, list[int]]:
 @contextlib.contextmanager
 def shortened(base: nn.Module) -> Iterator[None]:
     """Skip all decoder layers but the `chosen_layers`, and narrow sliding windows to `WINDOW` tokens."""
-    layers, chosen = chosen_layers(base)
+    layers, chosen = found = chosen_layers(base)
     form: list[Any] = [None]  # what a layer returns: a tensor, or a tuple that begins with one
 
     def remember(module: nn.Module, args: Any, output: Any) -> None:
@@ -115,6 +120,8 @@ def shortened(base: nn.Module) -> Iterator[None]:
         return (hidden, *[None] * (len(form[0]) - 1)) if isinstance(form[0], tuple) else hidden
 
     with contextlib.ExitStack() as stack:
+        _chosen[id(base)] = found
+        stack.callback(_chosen.pop, id(base))
         stack.callback(layers[chosen[0]].register_forward_hook(remember).remove)
         for index in sorted({*range(len(layers))} - {*chosen}):
             _replace(stack, layers[index], "forward", skip)
@@ -138,11 +145,12 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> 
 def in_float32(base: Any) -> Iterator[None]:
     """Compute `base` in float32: each decoder layer's weights are converted as it begins and given back as it ends, and
     those of what is outside the layers likewise."""
-    layers, _ = chosen_layers(base)
+    layers, chosen = chosen_layers(base)
+    computed = [layers[i] for i in chosen] if id(base) in _chosen else layers  # nothing is computed in those skipped
     inside = {id(module) for layer in layers for module in layer.modules()}
     owners = [m for m in base.modules() if id(m) not in inside and _own_tensors(m)]
     with contextlib.ExitStack() as stack:
-        for module in (*layers, *owners):
+        for module in (*computed, *owners):
             stack.enter_context(_converted_while_it_runs(module, deep=id(module) in inside))
         yield
 
