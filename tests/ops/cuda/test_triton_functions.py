@@ -140,12 +140,10 @@ def test_cross_entropy(reference, dtype: torch.dtype) -> None:
     compare(reference, compute, hidden)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("p", [0.0, 0.2] if DEVICE == "cuda" else [0.2])  # without dropout the products are cuBLAS's
 @pytest.mark.parametrize(("rows", "into", "out", "rank"), [(5, 40, 24, 3), (70, 130, 66, 33)])
 def test_lora(reference, monkeypatch: pytest.MonkeyPatch, p: float, rows: int, into: int, out: int, rank: int) -> None:
     """Forward and every gradient: no further from float64 than the reference, `TIMES` at most."""
-    if DEVICE == "cpu" and not p:
-        pytest.skip("without dropout the products are cuBLAS's")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no product of bfloat16
     x, weight = draw(rows, into, dtype=dtype), draw(out, into, dtype=dtype, seed=1)
     a, b = draw(rank, into, seed=2) * 0.3, draw(out, rank, seed=3)
