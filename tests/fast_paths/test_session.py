@@ -338,3 +338,14 @@ def test_the_report_says_why_there_are_no_products() -> None:
     with FastPaths(model) as fast:
         reason = fast.report["frozen linear"]
         assert reason == ("turned off" if backends.disabled else "the processor or the precision has none")
+
+
+@pytest.mark.parametrize(("family", "on"), [("bloom", True), ("llama", False)])
+def test_a_pack_is_refused_where_packs_are_off(family: str, on: bool) -> None:
+    """The family's own attention would let its segments see each other, and nothing would say so."""
+    model = adapted(family, "lora").train()
+    (micro,) = Collator(0, packed=True).make_micro_batches(examples())
+    with FastPaths(model, on=on) as fast:
+        assert not fast.packs
+        with pytest.raises(ValueError, match=r"takes no packs .*packed=fast_paths\.packs"):
+            model(**micro.arguments())

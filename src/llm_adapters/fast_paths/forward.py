@@ -56,9 +56,15 @@ def causal_forward(
 
     Returns:
         What the own forward returns, or ``{"loss": scalar}``.
+
+    Raises:
+        ValueError: a pack, where packs are off.
     """
     if label_positions is None or targets is None:
         return own(*args, **kwargs)
+    if pack is not None and not fast_paths.packs:  # the family's own attention would let its segments see each other
+        reason = fast_paths.report.get("packing", "the fast paths are off")
+        raise ValueError(f"this model takes no packs ({reason}): give the Collator packed=fast_paths.packs")
     base = fast_paths.base
     if fast_paths.fused_cross_entropy:
         if pack is not None:
