@@ -1,6 +1,5 @@
-"""From encoded examples to micro-batches, packed or padded, and the order in which examples come."""
+"""From encoded examples to micro-batches, packed or padded."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,6 +64,8 @@ class Collator:
         """Micro-batches of one step, and in ``labels`` all their targets, which Trainer counts."""
         import torch
 
+        if not examples:  # this process has no part in the step
+            return {"labels": torch.empty(0, dtype=torch.int64, device=self.device), "micro_batches": []}
         micro_batches = self.make_micro_batches(examples)
         return {"labels": torch.cat([micro.targets for micro in micro_batches]), "micro_batches": micro_batches}
 
@@ -135,27 +136,3 @@ def _shared(examples: Sequence[Encoded]) -> int:
 
     first = min(next(i for i, label in enumerate(e.labels) if i and label != IGNORED) for e in examples)
     return min(common_prefix([example.input_ids for example in examples]), first - 1)
-
-
-class Shuffle:
-    """A sampler whose order depends on nothing but the seed and the epoch, so that a resumed run goes on in it.
-
-    Args:
-        count: number of examples.
-        seed: with the epoch, decides the order.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of that pass over the data."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Any:
-        order = list(range(self.count))
-        random.Random(f"{self.seed}-{self.epoch}").shuffle(order)
-        return iter(order)

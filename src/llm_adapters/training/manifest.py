@@ -2,16 +2,27 @@
 
 import os
 import platform
-import resource
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from llm_adapters import processes
 from llm_adapters.models import LoadedModel
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.tasks import leakage
 from llm_adapters.training.data import TrainingData
 from llm_adapters.training.recipe import Recipe
+
+
+def fingerprints(base: LoadedModel, data: TrainingData) -> dict[str, str]:
+    """What decides the result of a run and is not in its recipe: contents of files, and versions of the software."""
+    code = {library: number for library, number in versions("accelerate").items() if library != "python"}
+    return {
+        "data": data.fingerprint,
+        "base_model": base.fingerprint(),
+        "tokenizer": base.tokenizer_fingerprint(),
+        **code,
+    }
 
 
 def describe(
@@ -23,6 +34,7 @@ def describe(
     state: Any,
     seconds: float,
     fast_paths: dict[str, str],
+    begun: dict[str, str],
 ) -> dict[str, Any]:
     """Everything that tells another person what a run was: what ran, on what, how fast, and what came of it.
 
@@ -35,6 +47,7 @@ def describe(
         state: Trainer's final state.
         seconds: how long the training took.
         fast_paths: the report of `FastPaths`.
+        begun: the `fingerprints`.
     """
     import torch
 
@@ -47,14 +60,14 @@ def describe(
             "device": str(base.device),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": processes.count(),
         },
         "seed": recipe.training.seed,
         "base_model": {
             "name": base.name,
             "source": base.source,
             "dtype": str(base.dtype).removeprefix("torch."),
-            "fingerprint": base.fingerprint(),
+            "fingerprint": begun["base_model"],
         },
         "adapter": {
             "method": recipe.adapter.method,
@@ -73,6 +86,7 @@ def describe(
         "steps": state.global_step,
         "epochs": state.epoch,
         "final_loss": next((line["loss"] for line in reversed(recorder.losses) if "loss" in line), None),
+        "first_validation_loss": _first_validation_loss(recorder.losses),
         "best_validation_loss": state.best_metric,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
@@ -81,7 +95,18 @@ def describe(
     }
 
 
+def _first_validation_loss(log: list[dict[str, Any]]) -> float | None:
+    """Loss on the validation split before the first step."""
+    return next((line["eval_loss"] for line in log if line["step"] == 0 and "eval_loss" in line), None)
+
+
 def peak_memory() -> int:
     """Peak resident memory of the process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
