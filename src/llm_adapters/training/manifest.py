@@ -67,6 +67,7 @@ def describe(
             "template": recipe.data.template,
             "example": data.example,
             **data.counts(),
+            **data.reading,
             "questions": leakage.fingerprint(data.questions).to_dict(),
         },
         "fast_paths": fast_paths,
