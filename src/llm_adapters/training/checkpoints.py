@@ -168,7 +168,7 @@ def _short(value: Any) -> str:
 
 def clean(run: RunFolder) -> None:
     """Delete what a process that was killed has left half written."""
-    remove_temporaries(run.path, run.config.name, run.log.name, run.adapter.name, run.manifest.name)
+    remove_temporaries(run.path, run.config.name, run.log.name, run.adapter.name, run.manifest.name, run.sizes.name)
     remove_temporaries(run.checkpoints)
 
 

@@ -11,6 +11,7 @@ from llm_adapters.models import LoadedModel
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.tasks import leakage
 from llm_adapters.training.data import TrainingData
+from llm_adapters.training.memory import peak_memory
 from llm_adapters.training.recipe import Recipe
 
 
@@ -35,6 +36,7 @@ def describe(
     seconds: float,
     fast_paths: dict[str, str],
     begun: dict[str, str],
+    micro_batches: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that tells another person what a run was: what ran, on what, how fast, and what came of it.
 
@@ -48,9 +50,11 @@ def describe(
         seconds: how long the training took.
         fast_paths: the report of `FastPaths`.
         begun: the `fingerprints`.
+        micro_batches: the sizes of micro-batches (`Sizes.to_dict`).
     """
     import torch
 
+    memory = peak_memory(base.device)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,6 +84,7 @@ def describe(
             "template": recipe.data.template,
             "example": data.example,
             **data.counts(),
+            **data.reading,
             "questions": leakage.fingerprint(data.questions).to_dict(),
         },
         "fast_paths": fast_paths,
@@ -90,7 +95,9 @@ def describe(
         "best_validation_loss": state.best_metric,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
-        "peak_memory_bytes": peak_memory(),
+        "micro_batch_tokens": micro_batches,
+        "peak_memory_bytes": memory.get("allocated", memory["host"]),
+        "peak_memory": memory,
         "command": sys.argv if sys.argv and sys.argv[0].endswith("llm-adapters") else None,
     }
 
@@ -98,15 +105,3 @@ def describe(
 def _first_validation_loss(log: list[dict[str, Any]]) -> float | None:
     """Loss on the validation split before the first step."""
     return next((line["eval_loss"] for line in log if line["step"] == 0 and "eval_loss" in line), None)
-
-
-def peak_memory() -> int:
-    """Peak resident memory of the process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

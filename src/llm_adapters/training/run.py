@@ -21,9 +21,10 @@ from llm_adapters.models import LoadedModel, context_length, load, load_base, mo
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
-from llm_adapters.training import checkpoints, manifest
+from llm_adapters.training import checkpoints, manifest, sizes
 from llm_adapters.training.collator import Collator
 from llm_adapters.training.data import TrainingData, prepare
+from llm_adapters.training.memory import reset_peak_memory
 from llm_adapters.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Run:
         return str(self.folder)
 
     @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that training took of its device, in tensors; on a CPU, of the process."""
+        return self.manifest["peak_memory_bytes"]
+
+    @property
     def adapter(self) -> Path:
         """The adapter's folder."""
         return RunFolder(self.folder).adapter
@@ -80,46 +86,10 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
         Interrupted: a signal stopped the run after a checkpoint.
         WorkError: the work failed (a loss that is not finite, data that is not available).
     """
-    from transformers import set_seed
-
-    recipe = load_recipe(recipe)
-    folder = RunFolder(output)
+    asked, folder = load_recipe(recipe), RunFolder(output)
     with contextlib.ExitStack() as held:
-        resumes = processes.once(lambda: _open(folder, recipe, held))
-        methods.check_options(recipe.adapter.method, recipe.adapter.options)
-        _check_trackers(recipe)
-        model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
-        examples = load_training_data(recipe.data.train, recipe.data.columns)
-        base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
-        data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
-        config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
-        set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
-        model = _insert(base.model, config)
-        arguments = _arguments(recipe, folder.checkpoints, len(data.train), base.device)
-        if recipe.training.gradient_checkpointing:
-            model.enable_input_require_grads()
-        start = checkpoints.digest(model)
-        if processes.count() > 1:
-            set_seed(recipe.training.seed + processes.rank())  # each its own dropout
-
-        begun = processes.once(lambda: _begin(folder, recipe, base, data, resumes))
-        with quiet():
-            started = time.monotonic()
-            with FastPaths(model, recipe.training.fast_paths) as fast:
-                recorder, state = _fit(model, base, data, recipe, arguments, folder, resumes, progress, fast.packs)
-            _check_trained(model, start)
-            model.eval()
-            seconds = time.monotonic() - started
-
-            def finish() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-                made = manifest.describe(recipe, base, model, data, recorder, state, seconds, fast.report, begun)
-                checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
-                write_json(folder.manifest, made)  # last: its presence says that the run is finished
-                checkpoints.prune(folder)
-                return made, recorder.losses
-
-            document, log = processes.once(finish)
-    return Run(folder.path, document, log, model, base.tokenizer)
+        resumes = processes.once(lambda: _open(folder, asked, held))
+        return _train(asked, folder, resumes, progress)
 
 
 def finished_run(recipe: Recipe, output: str | Path) -> Run | None:
@@ -140,7 +110,7 @@ def _open(run: RunFolder, recipe: Recipe, held: contextlib.ExitStack) -> bool:
     """
     folder = run.path
     held.enter_context(run.lock())
-    refuse_links(run.config, run.adapter, run.manifest, run.log, run.checkpoints, *run.checkpoints.glob("*"))
+    refuse_links(run.config, run.adapter, run.manifest, run.log, run.sizes, run.checkpoints, *run.checkpoints.glob("*"))
     if not run.config.is_file():
         checkpoints.clean(run)
         if any(file.name != LOCK for file in folder.iterdir()):
@@ -165,17 +135,65 @@ def _is_of(run: RunFolder, recipe: Recipe) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # an earlier version wrote it, nobody can change that
-            before = load_recipe(run.read_config()).to_dict()
+            before = load_recipe(run.read_config())
     except RequestError:
         return False
-    now = recipe.to_dict()
-    if now["model"]["dtype"] == "auto":
-        now["model"]["dtype"] = before["model"]["dtype"]
-    return before == now
+    return before == recipe.resolved(**before.to_dict())
+
+
+def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> Run:
+    from transformers import set_seed
+
+    if resumes:
+        recipe = recipe.resolved(**processes.once(folder.read_config))
+    methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    _check_trackers(recipe)
+    model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
+    examples = load_training_data(recipe.data.train, recipe.data.columns)
+    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
+    data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
+    config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
+    set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
+    model = _insert(base.model, config)
+    arguments = _arguments(recipe, folder.checkpoints, len(data.train), base.device)
+    if recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    start = checkpoints.digest(model)
+    if processes.count() > 1:
+        set_seed(recipe.training.seed + processes.rank())  # each its own dropout
+
+    if recipe.training.micro_batch_tokens == "auto":
+        tokens = processes.once(lambda: sizes.choose(model, base.device, recipe.training.gradient_checkpointing))
+        recipe = recipe.resolved(training={"micro_batch_tokens": tokens})
+    recipe = recipe.resolved(model={"dtype": str(base.dtype).removeprefix("torch.")})
+    begun = processes.once(lambda: _begin(folder, recipe, base, data, resumes))
+    micro_batches = sizes.Sizes(int(recipe.training.micro_batch_tokens), folder.sizes)
+    reset_peak_memory(base.device)
+    with quiet():
+        started = time.monotonic()
+        with FastPaths(model, recipe.training.fast_paths) as fast:
+            recorder, state = _fit(
+                model, base, data, recipe, arguments, micro_batches, folder, resumes, progress, fast.packs
+            )
+        _check_trained(model, start)
+        model.eval()
+        seconds = time.monotonic() - started
+
+        def finish() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            made = manifest.describe(
+                recipe, base, model, data, recorder, state, seconds, fast.report, begun, micro_batches.to_dict()
+            )
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
+            write_json(folder.manifest, made)  # last: its presence says that the run is finished
+            checkpoints.prune(folder)
+            return made, recorder.losses
+
+        document, log = processes.once(finish)
+    return Run(folder.path, document, log, model, base.tokenizer)
 
 
 def _begin(run: RunFolder, recipe: Recipe, base: LoadedModel, data: TrainingData, resumes: bool) -> dict[str, Any]:
-    """Write what was asked for, and the fingerprints of what else decides the result, which are returned.
+    """Write the recipe, with what "auto" came to, and the fingerprints of what else decides the result; returns these.
 
     Raises:
         RequestError: the run is resumed, and was begun with others.
@@ -183,10 +201,7 @@ def _begin(run: RunFolder, recipe: Recipe, base: LoadedModel, data: TrainingData
     begun = manifest.fingerprints(base, data)
     if resumes:
         checkpoints.check_begun(run, begun)
-    # What is not in a recipe's text but decides the result: the precision that "auto" came to.
-    resolved = recipe.to_dict()
-    resolved["model"]["dtype"] = str(base.dtype).removeprefix("torch.")
-    write_text(run.config, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_text(run.config, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
     write_json(run.begun, begun)
     return begun
 
@@ -211,6 +226,7 @@ def _fit(
     data: TrainingData,
     recipe: Recipe,
     arguments: Any,
+    micro_batches: sizes.Sizes,
     folder: RunFolder,
     resumes: bool,
     progress: bool,
@@ -231,8 +247,9 @@ def _fit(
         model=model,
         args=arguments,
         data_collator=Collator(
-            base.tokenizer.pad_token_id, packed, t.micro_batch_tokens, t.micro_batch_size, base.device
+            base.tokenizer.pad_token_id, packed, micro_batches.start, t.micro_batch_size, base.device
         ),
+        sizes=micro_batches,
         train_dataset=data.train,
         eval_dataset=data.validation or None,
         callbacks=[stop],
