@@ -91,6 +91,8 @@ class TrainingSettings:
         seed: of the adapter's initial weights, the order of the data and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         fast_paths: compute the same with less work, wherever that is possible (the manifest says where).
+        cuda_graphs: on a GPU, capture the passes over packs of round sizes and replay them, which costs the host next to
+            nothing; where that cannot be, the manifest says why.
         log_every: steps between lines in log.jsonl.
         evaluate_every: steps between measurements of the validation loss; null for once an epoch.
         save_every: steps between checkpoints to resume from; null for once an epoch.
@@ -112,6 +114,7 @@ class TrainingSettings:
     seed: int = 42
     gradient_checkpointing: bool = False
     fast_paths: bool = True
+    cuda_graphs: bool = True
     log_every: int = 5
     evaluate_every: int | None = None
     save_every: int | None = None

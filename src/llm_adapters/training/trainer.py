@@ -1,6 +1,7 @@
 """transformers' Trainer with this project's loss, order of data and validation, and the callbacks of a run."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -15,10 +16,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_adapters.compat.trainer import StepTrainer
+from llm_adapters.compat.transformers import recomputes_activations
 from llm_adapters.errors import WorkError
+from llm_adapters.ops import dropout
 from llm_adapters.runs import RunFolder
 from llm_adapters.training import checkpoints
 from llm_adapters.training.collator import Shuffle
+from llm_adapters.training.graphs import MicroBatchGraphs
 
 
 class AdapterTrainer(StepTrainer):
@@ -28,6 +32,8 @@ class AdapterTrainer(StepTrainer):
     """
 
     tokens_seen = 0  # by this process, no padding counted
+    graphs: MicroBatchGraphs | None = None  # of its micro-batches
+    _recomputes: bool | None = None  # activations, in the backward pass; known when Trainer has prepared the model
     _unchecked: "tuple[int, torch.Tensor, torch.cuda.Event] | None" = (
         None  # step, its loss on the host, when it is there
     )
@@ -42,20 +48,31 @@ class AdapterTrainer(StepTrainer):
         model.train()
         micro_batches = inputs["micro_batches"]
         count = num_items_in_batch if num_items_in_batch is not None else len(inputs["labels"])
+        compute = functools.partial(self._compute, model)
         total = torch.zeros((), device=self.args.device)
+        if self.graphs is not None:
+            self.graphs.begin_step()
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
-                    loss = model(**micro.arguments())["loss"] / count * self.accelerator.num_processes
-                # Backward functions are Python's own: a thread for them would only wait for this one.
-                with torch.autograd.set_multithreading_enabled(False):
-                    self.accelerator.backward(loss)
-            total += loss.detach()
+                loss = self.graphs.run(micro, count, compute) if self.graphs is not None else None
+                total += compute(micro.arguments(), count) if loss is None else loss
         self._check_later(total)
         self.tokens_seen += sum(micro.tokens for micro in micro_batches)
         return total
+
+    def _compute(self, model: torch.nn.Module, arguments: dict[str, Any], count: torch.Tensor | int) -> torch.Tensor:
+        """A micro-batch's share in the loss of the step, whose gradients are added."""
+        if self._recomputes is None:
+            self._recomputes = recomputes_activations(model)
+        with contextlib.nullcontext() if self._recomputes else dropout.seeds_drawn_together():
+            with self.compute_loss_context_manager():
+                # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
+                loss = model(**arguments)["loss"] / count * self.accelerator.num_processes
+        # Backward functions are Python's own: a thread for them would only wait for this one.
+        with torch.autograd.set_multithreading_enabled(False):
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _check_later(self, loss: torch.Tensor) -> None:
         """Check that a step's loss is finite; on a GPU when the next step has begun, so that the host never waits."""
