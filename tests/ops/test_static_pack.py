@@ -74,7 +74,9 @@ def test_every_pack_fits_its_sizes(lengths: list[int], prefix: int, labels: int)
     waste = sizes.tokens - pack.end
     assert waste <= max(256, pack.end / 8)
     places, targets = torch.zeros(2, sizes.labels, dtype=torch.int64)
-    static.fill_labels((places, targets), torch.arange(labels) % pack.end, torch.ones(labels, dtype=torch.int64), pack.end)
+    static.fill_labels(
+        (places, targets), torch.arange(labels) % pack.end, torch.ones(labels, dtype=torch.int64), pack.end
+    )
     assert int((targets == IGNORE_INDEX).sum()) == sizes.labels - labels
     assert (places[labels:] >= pack.end).all()
     assert (places < sizes.tokens).all()

@@ -47,7 +47,8 @@ class _Recording(TorchDispatchMode):
             for tensor in fresh:
                 tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
         if name not in _NO_VALUES | _SHAPE_ONLY and not (views and not changes and not fresh):
-            self.calls.append((func, kept_args, kept_kwargs, [_alias(t) if is_own else None for t, is_own in zip(outs, own, strict=True)]))
+            kept = [_alias(t) if is_own else None for t, is_own in zip(outs, own, strict=True)]
+            self.calls.append((func, kept_args, kept_kwargs, kept))
         return out
 
     def _keep(self, tensors: Any) -> None:

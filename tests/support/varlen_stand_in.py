@@ -1,4 +1,4 @@
-"""Torch's variable-length attention for tests without a GPU: its signature, its contract, and nothing read on the host."""
+"""Torch's variable-length attention for tests without a GPU: its signature and contract, nothing read on the host."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ def packed_attention_as_on_cuda() -> Iterator[None]:
     )
     with (
         mock.patch.object(attention, "varlen_attn", varlen_attn),
-        mock.patch.object(backends, "_module", lambda name: backend),
+        mock.patch.object(backends, "_module", return_value=backend),
         mock.patch.object(backends, "disabled", False),
     ):
         yield

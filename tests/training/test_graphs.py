@@ -2,21 +2,29 @@
 semantics (`tests/support/graph_recorder.py`)."""
 
 import functools
+import os
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fast_path_helpers import OPTIONS, adapted, assert_same, examples
 from graph_recorder import GraphRecorder
+from safetensors.torch import load_file
+from tiny import save_tiny
 from varlen_stand_in import packed_attention_as_on_cuda
 
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.ops import dropout, varlen_attention
 from llm_adapters.ops.static_pack import StaticSizes
 from llm_adapters.tasks.templates import Encoded
+from llm_adapters.training import Interrupted, Run, train
+from llm_adapters.training import graphs as graphs_module
 from llm_adapters.training.collator import Collator, MicroBatch
 from llm_adapters.training.graphs import LIMIT, MicroBatchGraphs
+from llm_adapters.training.trainer import Recorder
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +137,9 @@ def test_a_number_of_one_pack_on_the_host_is_seen(monkeypatch: pytest.MonkeyPatc
     """The recorder does tell: scores that are scaled by what the host knows of the first pack differ in the second."""
     attend = varlen_attention.varlen_attention
 
-    def planted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Any, scale: float, *rest: Any) -> Any:
-        return attend(query, key, value, pack, scale * known[0], *rest)
+    def planted(*args: Any) -> Any:
+        *tensors, pack, scale, window, p = args
+        return attend(*tensors, pack, scale * known[0], window, p)
 
     monkeypatch.setattr(varlen_attention, "varlen_attention", planted)
     model, made, known = adapted("llama", "lora").train(), micro_batches(), [1.0]
@@ -198,9 +207,7 @@ def test_there_are_no_more_graphs_than_the_limit(monkeypatch: pytest.MonkeyPatch
     model, recorder = adapted("llama", "lora").train(), GraphRecorder()
     batches = [[m for n in (4, 20) for m in Collator(0).make_micro_batches(examples(n, 6))]] * 3
     with FastPaths(model) as fast:
-        found, expected = (
-            steps(model, way, batches) for way in (MicroBatchGraphs(model, fast, recorder), None)
-        )
+        found, expected = (steps(model, way, batches) for way in (MicroBatchGraphs(model, fast, recorder), None))
     assert len(recorder.replays) == 1
     assert_same(found[-1][1], expected[-1][1])
 
@@ -229,3 +236,85 @@ def test_rows_are_computed_as_they_are() -> None:
         assert graphs.run(micro, 1, functools.partial(compute, model)) is None
         (plain,) = Collator(0).make_micro_batches(rows)
         assert graphs.run(plain, 1, functools.partial(compute, model)) is not None
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+def recipe(model: Path, **training: Any) -> dict[str, Any]:
+    return {
+        "model": {"name": str(model)},
+        "adapter": {"method": "series", "options": {"bottleneck_size": 8, "bottleneck_dropout": 0.2}},
+        "data": {"train": "wordproblems-train", "template": "plain", "limit": 32, "max_length": 256},
+        "training": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "log_every": 1, "learning_rate": 1e-2}
+        | training,
+    }
+
+
+def trained(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def test_an_interrupted_run_resumes_to_the_same_adapter(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one without captures ends with the very same weights."""
+    recorders: list[GraphRecorder] = []
+
+    def recorded(kind: type[GraphRecorder], *args: Any, **options: Any) -> MicroBatchGraphs:
+        recorders.append(kind())
+        return MicroBatchGraphs(*args, capture=recorders[-1], **options)
+
+    monkeypatch.setattr(graphs_module, "MicroBatchGraphs", functools.partial(recorded, GraphRecorder))
+    whole = train(recipe(llama), tmp_path / "whole", progress=False)
+    assert sum(recorders[0].replays) >= 8
+    assert whole.manifest["fast_paths"]["CUDA graphs"].startswith("on, ")
+    on_log = Recorder.on_log
+
+    def interrupt(self: Recorder, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        on_log(self, args, state, *rest, **kwargs)
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_log", interrupt)
+        with pytest.raises(Interrupted):
+            train(recipe(llama), tmp_path / "cut", progress=False)
+    resumed = train(recipe(llama), tmp_path / "cut", progress=False)
+    monkeypatch.setattr(graphs_module, "MicroBatchGraphs", functools.partial(recorded, _Failing))
+    without = train(recipe(llama), tmp_path / "without", progress=False)
+    assert "no luck" in without.manifest["fast_paths"]["CUDA graphs"]
+    for run in (resumed, without):
+        assert all(torch.equal(trained(whole)[name], weight) for name, weight in trained(run).items())
+
+
+def test_a_run_without_a_gpu_says_so(llama: Path, tmp_path: Path) -> None:
+    for on, told in ((True, "there are none on cpu"), (False, "not asked for")):
+        run = train(recipe(llama, cuda_graphs=on, max_steps=1), tmp_path / str(on), progress=False)
+        assert run.manifest["fast_paths"]["CUDA graphs"] == told
+
+
+def test_graphs_give_their_memory_back_before_micro_batches_get_smaller(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(GraphRecorder):
+        """There is no memory for what is captured."""
+
+        def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+            replay = super().capture(function)
+
+            def replay_and_fail() -> None:
+                replay()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            return replay_and_fail
+
+    monkeypatch.setattr(graphs_module, "MicroBatchGraphs", functools.partial(MicroBatchGraphs, capture=Full()))
+    full = train(recipe(llama), tmp_path / "full", progress=False)
+    monkeypatch.setattr(graphs_module, "MicroBatchGraphs", functools.partial(MicroBatchGraphs, capture=GraphRecorder()))
+    whole = train(recipe(llama), tmp_path / "whole", progress=False)
+    assert "memory" in full.manifest["fast_paths"]["CUDA graphs"]
+    assert not full.manifest["micro_batches"]["halvings"]
+    assert all(torch.equal(trained(whole)[name], weight) for name, weight in trained(full).items())

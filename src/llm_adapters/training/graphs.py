@@ -54,9 +54,11 @@ class CudaCapture:
         """See `Capture`. On the stream of the captures, for which cuBLAS then has its workspace."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                function()
+        finally:  # what is done again, where memory was used up, comes after what was begun
+            current.wait_stream(self._stream)
 
     def waits(self, function: Callable[[], None]) -> str | None:
         """See `Capture`; a capture that fails leaves torch's memory in disorder, so that it is better not tried."""
@@ -85,7 +87,7 @@ class _Slot:
     def __init__(self, sizes: StaticSizes, device: torch.device) -> None:
         labels, targets = (torch.zeros(sizes.labels, dtype=torch.int64, device=device) for _ in range(2))
         self.pack = StaticPack.empty(sizes, device)
-        self.micro = MicroBatch({"input_ids": self.pack.input_ids}, labels, targets, self.pack, tokens=0)
+        self.micro = MicroBatch({"input_ids": self.pack.input_ids}, labels, targets, self.pack, tokens=0, examples=0)
         self.count = torch.ones((), device=device)
         self.loss = torch.zeros((), device=device)
         self.replay: Callable[[], None] | None = None
@@ -237,13 +239,16 @@ def unsupported_reason(fast_paths: FastPaths, device: torch.device | None) -> st
         return "several processes train together"
     if recomputes_activations(base):
         return "activations are computed again in the backward pass"
+    if base.dtype == torch.float16:
+        return "gradients of float16 are scaled"
     if getattr(base, "is_quantized", False):
         return "the base is quantised"
     if len({parameter.device for parameter in base.parameters()}) > 1:
         return "the model is on several devices"
     if trial.has_experts(base):
         return "a router chooses which modules compute a token"
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in base.modules()):
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if any(getattr(module, kind) for module in base.modules() for kind in hooks):
         return "a module has hooks"
     return None
 

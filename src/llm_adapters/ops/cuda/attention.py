@@ -25,7 +25,12 @@ def supports_packed_attention(query: torch.Tensor, value: torch.Tensor, window: 
 
 
 def packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack | StaticPack, scale: float, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack | StaticPack,
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     """See `ops.varlen_attention.varlen_attention`; with a gradient.
 
