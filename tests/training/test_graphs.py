@@ -316,5 +316,5 @@ def test_graphs_give_their_memory_back_before_micro_batches_get_smaller(
     monkeypatch.setattr(graphs_module, "MicroBatchGraphs", functools.partial(MicroBatchGraphs, capture=GraphRecorder()))
     whole = train(recipe(llama), tmp_path / "whole", progress=False)
     assert "memory" in full.manifest["fast_paths"]["CUDA graphs"]
-    assert not full.manifest["micro_batches"]["halvings"]
+    assert not full.manifest["micro_batch_tokens"]["halvings"]
     assert all(torch.equal(trained(whole)[name], weight) for name, weight in trained(full).items())
