@@ -32,12 +32,15 @@ def read_yaml(path: Path, what: str) -> Any:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"the {what} {shortened(str(path))!r} does not exist. Check the path") from None
     except (OSError, ValueError) as error:
-        raise RequestError(f"the {what} {shortened(str(path))!r} cannot be read ({first_line(error)})") from None
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise RequestError(f"the {what} {shortened(str(path))!r} cannot be read ({reason})") from None
     try:
         return load_yaml(text)
     except ValueError as error:
-        raise RequestError(f"{str(path)!r} is not YAML that can be read: {error}") from None
+        raise RequestError(f"{str(path)!r} is not a YAML file that can be read: {error}") from None
 
 
 def load_yaml(text: str) -> Any:

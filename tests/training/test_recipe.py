@@ -127,7 +127,7 @@ def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("training: [")
-    with pytest.raises(RequestError, match="not YAML"):
+    with pytest.raises(RequestError, match="not a YAML file"):
         load_recipe(broken)
     broken.write_text("3")
     with pytest.raises(RequestError, match="mapping"):

@@ -86,12 +86,13 @@ def _arguments(function: Verb, words: list[str], verb: str) -> dict[str, Any]:
     from llm_adapters.training.recipe import Recipe, load_recipe, upgraded_options
 
     words = upgraded_options(words)
+    sections = {f"--{name}": kind for name, kind in typing.get_type_hints(Recipe).items()}
     for word, value in zip(words, [*words[1:], ""], strict=False):
         option, equals, given = word.partition("=")
-        if (section := Recipe.__dataclass_fields__.get(option.removeprefix("--"))) and option.startswith("--"):
-            if not (given if equals else value).lstrip().startswith("{"):  # a mapping of its keys is one way to give it
-                key = dataclasses.fields(typing.get_type_hints(Recipe)[section.name])[0].name
-                raise RequestError(f"{option} is a section of the recipe. Did you mean {option}.{key}?")
+        mapping = (given if equals else value).lstrip().startswith("{")  # one way to give a section
+        if option in sections and not mapping:
+            key = dataclasses.fields(sections[option])[0].name
+            raise RequestError(f"{option} is a section of the recipe. Did you mean {option}.{key}?")
     parser = _parser(verb, function, typing.get_type_hints(function, localns={"Recipe": Recipe}))
     found = _parse(parser, words, verb)
     if found.recipe_file is not None:

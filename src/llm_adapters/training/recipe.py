@@ -18,6 +18,7 @@ from llm_adapters.tasks.templates import TemplateName
 
 # Keys and values of earlier versions, and their present names.
 _RENAMED_KEYS = {("training", "accelerate"): "fast_paths"}
+_LEFT_OPEN = {"device"}  # keys whose "auto" is chosen anew by a run that is resumed
 _RENAMED_VALUES = {("data", "too_long"): {"cut": "truncate"}}
 
 
@@ -85,7 +86,7 @@ class TrainingSettings:
         max_steps: stop after so many optimiser steps, whatever `epochs` says; null for no limit.
         batch_size: sequences per optimiser step, over all processes.
         micro_batch_tokens: the most tokens computed at once, which decides memory and speed; the loss does not
-            depend on it.
+            depend on it. auto chooses from the device's memory and the model.
         micro_batch_size: the most sequences computed at once; null for no limit but the tokens.
         learning_rate: the peak learning rate of AdamW.
         warmup: steps until the peak; below 1, the share of all steps.
@@ -106,7 +107,7 @@ class TrainingSettings:
     epochs: Positive = 3
     max_steps: Count | None = None
     batch_size: Count = 16
-    micro_batch_tokens: Count = 2688
+    micro_batch_tokens: Count | Literal["auto"] = "auto"
     micro_batch_size: Count | None = None
     learning_rate: Positive = 3e-4
     warmup: NotNegative = 0.1
@@ -165,6 +166,19 @@ class Recipe:
         """The recipe as plain mappings, lists and values, for YAML and JSON."""
         return dataclasses.asdict(self)
 
+    def resolved(self, **chosen: dict[str, Any]) -> "Recipe":
+        """A copy with what was `chosen` where "auto" was asked for: by section, the values of its keys.
+
+        Of earlier runs the record says it: ``recipe.resolved(**RunFolder(path).read_config())``.
+        """
+        document = self.to_dict()
+        for section, values in document.items():
+            for key, value in values.items():
+                if value == "auto" and key not in _LEFT_OPEN and chosen.get(section, {}).get(key) is not None:
+                    values[key] = chosen[section][key]
+        sections = {f.name: f.default_factory for f in dataclasses.fields(self)}
+        return Recipe(**{name: sections[name](**values) for name, values in document.items()})  # type: ignore[operator]
+
     def check(self) -> None:
         """Refuse values that the types allow one by one, and no run can use.
 
@@ -174,6 +188,8 @@ class Recipe:
         t, d = self.training, self.data
         if d.validation >= 1 and d.validation != int(d.validation):
             raise RequestError(f"data.validation is {d.validation}: a whole number of examples, or a share below 1")
+        if d.max_length < 2:
+            raise RequestError(f"data.max_length is {d.max_length}: an example has at least 2 tokens")
         if missing := [name for name in t.trackers if importlib.util.find_spec(name) is None]:
             raise RequestError(
                 f"training.trackers names {missing[0]}, which is not installed: pip install {missing[0]}"
