@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from llm_adapters.ops.packing import Pack
+    from llm_adapters.ops.static_pack import StaticPack
 
 
 @dataclass
@@ -32,7 +33,7 @@ class MicroBatch:
     inputs: "dict[str, torch.Tensor]"
     label_positions: "torch.Tensor"
     targets: "torch.Tensor"
-    pack: "Pack | None"
+    pack: "Pack | StaticPack | None"
     tokens: int
     examples: int
 

@@ -96,6 +96,8 @@ class TrainingSettings:
         seed: of the adapter's initial weights, the order of the data and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         fast_paths: compute the same with less work, wherever that is possible (the manifest says where).
+        cuda_graphs: on a GPU, capture the passes over packs of round sizes and replay them, at next to no cost to the
+            host; where that cannot be, the manifest says why.
         log_every: steps between lines in log.jsonl.
         evaluate_every: steps between measurements of the validation loss; null for once an epoch.
         save_every: steps between checkpoints to resume from; null for once an epoch.
@@ -117,6 +119,7 @@ class TrainingSettings:
     seed: Seed = 42
     gradient_checkpointing: bool = False
     fast_paths: bool = True
+    cuda_graphs: bool = True
     log_every: Count = 5
     evaluate_every: Count | None = None
     save_every: Count | None = None
