@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "file/below", "link", "x" * 300):
-        with pytest.raises(RequestError, match="cannot be made"), lock(tmp_path / name, ""):
+        with pytest.raises(RequestError, match="cannot be a folder"), lock(tmp_path / name, ""):
             pass
 
 

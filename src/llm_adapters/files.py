@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from llm_adapters.errors import RequestError, first_line
+from llm_adapters.errors import RequestError, first_line, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ COMPLETE = "complete.json"
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without locks say
 _EARLIER_DOCUMENT = "conversion.json"  # of converted models in earlier versions, with sizes alone
+_LONGEST_NAME = 255  # bytes, on the file systems of today
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def lock(folder: Path, busy: str) -> Iterator[None]:
         busy: what to say where another process holds it.
 
     Raises:
-        RequestError: another process holds it, or it cannot be made.
+        RequestError: another process holds it, or it cannot be made (see `check_folder`).
     """
     from filelock import FileLock, Timeout
 
@@ -161,7 +162,7 @@ def lock(folder: Path, busy: str) -> Iterator[None]:
         raise RequestError(busy) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise RequestError(f"nothing can be written to {str(folder)!r} ({error.strerror}).") from None
+            raise
         logger.warning("%s cannot be locked (%s): see to it that no other process writes there", folder, error)
     token = _held.set(_held.get() | {where})
     try:
@@ -180,14 +181,9 @@ def lock(folder: Path, busy: str) -> Iterator[None]:
 
 def _make(folder: Path) -> list[Path]:
     """Make `folder` and those above it; returns the new ones, the innermost first."""
-    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (
-            "a link to nowhere" if os.path.islink(folder) else "a file" if os.path.isfile(folder) else error.strerror
-        )
-        raise RequestError(f"the folder {str(folder)[:200]!r} cannot be made ({reason}): name another.") from None
+    check_folder(folder, "the output")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
@@ -245,6 +241,40 @@ def is_complete(folder: Path) -> bool:
     return damage(folder, digests=False) is None
 
 
+def check_folder(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse a folder that could not be made or written to, before any work is done for it; nothing is made.
+
+    Args:
+        path: the folder, which need not exist.
+        what: what it is for, in the message ("the output").
+
+    Raises:
+        RequestError: it or a folder above it is a file or a link to nothing, its name is too long, or it is not ours.
+    """
+    name = repr(shortened(os.fspath(path)))
+    try:
+        if b"\0" in os.fsencode(path):
+            raise RequestError(f"{what} {name} cannot be a folder: it has a character that no path may have")
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):
+            raise RequestError(f"{what} {name} cannot be a folder: the name is too long. Name another")
+        for place in (Path(path), *Path(path).absolute().parents):
+            try:
+                place.lstat()
+            except FileNotFoundError:
+                continue
+            if not place.is_dir():
+                kind = "a link to nothing" if not place.exists() else "a file"
+                raise RequestError(f"{what} {name} cannot be a folder: {str(place)!r} is {kind}. Name another")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise RequestError(
+                    f"{what} {name} cannot be written: {str(place)!r} is not yours to write to. Name another"
+                )
+            return
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RequestError(f"{what} {name} cannot be a folder ({reason}). Name another") from None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read the JSON object in `file`.
 
@@ -253,8 +283,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{str(file)!r} cannot be read ({first_line(error)}).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{shortened(str(file))!r} cannot be read ({first_line(error)}).") from None
     if not isinstance(document, dict):
         raise RequestError(f"{str(file)!r} does not hold a JSON object.")
     return document

@@ -172,9 +172,7 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
     with quiet():
         started = time.monotonic()
         with FastPaths(model, recipe.training.fast_paths) as fast:
-            recorder, state = _fit(
-                model, base, data, recipe, arguments, micro_batches, folder, resumes, progress, fast.packs
-            )
+            recorder, state = _fit(model, base, data, recipe, arguments, micro_batches, folder, resumes, progress, fast)
         _check_trained(model, start)
         model.eval()
         seconds = time.monotonic() - started
@@ -230,12 +228,13 @@ def _fit(
     folder: RunFolder,
     resumes: bool,
     progress: bool,
-    packed: bool,
+    fast_paths: FastPaths,
 ) -> tuple[Any, Any]:
     """Run Trainer; returns the recorder and Trainer's final state."""
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from llm_adapters.training.graphs import MicroBatchGraphs
     from llm_adapters.training.progress import TrainingProgress
     from llm_adapters.training.trainer import AdapterTrainer, EarlyStopping, Recorder, StopOnSignal
 
@@ -247,7 +246,7 @@ def _fit(
         model=model,
         args=arguments,
         data_collator=Collator(
-            base.tokenizer.pad_token_id, packed, micro_batches.start, t.micro_batch_size, base.device
+            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, t.micro_batch_size, base.device
         ),
         sizes=micro_batches,
         train_dataset=data.train,
@@ -255,6 +254,7 @@ def _fit(
         callbacks=[stop],
     )
     trainer.keep_best = bool(t.keep_best or t.early_stopping)
+    trainer.graphs = MicroBatchGraphs(model, fast_paths, on=recipe.training.cuda_graphs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if t.early_stopping:
@@ -279,6 +279,7 @@ def _fit(
         with display or contextlib.nullcontext(), stop:
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
             trainer.check_loss()
+    fast_paths.report["CUDA graphs"] = trainer.graphs.report
     if stop.stopped and not trainer.ended:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint: "
