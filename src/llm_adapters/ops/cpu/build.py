@@ -1,7 +1,7 @@
 """Compilation of the functions in csrc by the machine's own C compiler, when they are first used.
 
-It takes a second or two for each precision; the result is kept in the cache. What is loaded runs with the user's rights:
-only a file that is theirs, that nobody else can write and that is whole is taken from there.
+It takes a second or two for each precision; the result is kept in the cache. What is loaded runs with the user's
+rights, so only a file that is theirs, that nobody else can write and that is whole is taken from there.
 """
 
 import atexit
@@ -78,7 +78,9 @@ def _folders() -> Iterator[Path]:
         if _is_ours(folder):
             yield folder
         else:
-            logger.warning("%s can be written by others: kernels are compiled anew (chmod go-w, if it is yours)", folder)
+            logger.warning(
+                "%s can be written by others: kernels are compiled anew (chmod go-w, if it is yours)", folder
+            )
     except OSError as error:
         logger.warning("the cache cannot be written, kernels are compiled anew (%s)", first_line(error))
     yield _own_folder()
