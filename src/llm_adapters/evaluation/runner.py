@@ -192,6 +192,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
     """Circumstances of the measurement: everything of the summary but the numbers."""
     import torch
 
+    date = {"date": told} if (told := clock(settings.template)) else {}
     return {
         "model": {
             "name": loaded.name,
@@ -202,7 +203,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
-        "template": {"name": settings.template, "origin": origin, "date": clock(settings.template)},
+        "template": {"name": settings.template, "origin": origin, **date},
         "precision": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
