@@ -73,3 +73,8 @@ def pin_clock(chat_template: str, now: "datetime") -> None:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     _compile_jinja_template(chat_template).globals["strftime_now"] = now.strftime
+
+
+def recomputes_activations(model: "nn.Module") -> bool:
+    """Whether activations of `model` are computed again in the backward pass (activation checkpointing)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
