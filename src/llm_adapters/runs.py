@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def sizes(self) -> Path:
+        """Record of micro-batches that were made smaller because they did not fit (JSON); there only if some were."""
+        return self.path / "sizes.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints; gone once the run is finished."""
         return self.path / "checkpoints"

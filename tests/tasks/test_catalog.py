@@ -195,7 +195,7 @@ def test_a_persons_own_task_by_address(tmp_path):
         (OWN + "answer_kind: number", r"mine\.yaml: unknown key 'answer_kind': choose one of blob, columns, .*kind"),
         (OWN.replace("number", "digit"), r"mine\.yaml: unknown kind 'digit': choose one of boolean, letter, number"),
         (OWN + "split: dev", r"unknown split 'dev': choose one of test, train"),
-        (OWN + "format: gsm", r"unknown format 'gsm': choose one of gsm8k, plain"),
+        (OWN + "format: gsm", r"unknown format 'gsm': choose one of auto, gsm8k, plain"),
         (OWN.replace("kind: number\n", ""), r"add `kind`, one of number, letter"),
         (OWN.replace("title: My task", "title: 3"), r"title must be a text, not 3"),
         (OWN + "size: many", r"size must be a whole number, not 'many'"),

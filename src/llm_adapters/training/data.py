@@ -3,12 +3,12 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from llm_adapters.errors import RequestError
-from llm_adapters.tasks.examples import Example
+from llm_adapters.tasks.examples import Example, Examples
 from llm_adapters.tasks.templates import IGNORED, Encoded, encode_example, render_prompt
 from llm_adapters.training.recipe import DataSettings
 
@@ -24,6 +24,7 @@ class TrainingData:
         truncated: how many were longer and truncated.
         example: prompt and response of the first training example, as text.
         fingerprint: SHA-256 over the examples as they were read, in order.
+        reading: how the file was read: the columns of the fields, the unused ones, and what is to be told.
     """
 
     train: list[Encoded]
@@ -33,6 +34,7 @@ class TrainingData:
     truncated: int
     example: dict[str, str]
     fingerprint: str
+    reading: dict[str, Any] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Examples, tokens and labels, as the manifest reports them."""
@@ -68,15 +70,15 @@ def prepare(
     """
     if context is not None and settings.max_length > context:
         raise RequestError(f"data.max_length is {settings.max_length}: the model takes at most {context} tokens")
-    chosen = list(examples)
-    random.Random(seed).shuffle(chosen)
-    encoded, counts = _encode(chosen, tokenizer, settings)
+    order = list(range(len(examples)))  # positions, since a million examples themselves would not fit as well
+    random.Random(seed).shuffle(order)
+    encoded, counts = _encode((examples[at] for at in order), tokenizer, settings)
     held_out = round(settings.validation * len(encoded)) if settings.validation < 1 else int(settings.validation)
     if settings.validation and held_out == 0:
         raise RequestError(f"data.validation is {settings.validation}: of {len(encoded)} examples that leaves none")
     if len(encoded) - held_out < 1:
         reason = (
-            f"all {len(chosen)} are longer than data.max_length, {settings.max_length} "
+            f"all {len(examples)} are longer than data.max_length, {settings.max_length} "
             f"(the longest: {counts.longest} tokens)"
             if not encoded
             else f"the validation split takes {held_out} of {len(encoded)}"
@@ -93,7 +95,14 @@ def prepare(
         truncated=counts.truncated,
         example={"prompt": prompt, "response": first.response},
         fingerprint=_fingerprint([example for example, _ in encoded]),
+        reading=_reading(examples),
     )
+
+
+def _reading(examples: Sequence[Example]) -> dict[str, Any]:
+    if not isinstance(examples, Examples):
+        return {}
+    return {"columns": examples.columns, "unused_columns": examples.unused, "notes": examples.notes}
 
 
 @dataclass
@@ -104,7 +113,7 @@ class _Counts:
 
 
 def _encode(
-    examples: list[Example], tokenizer: Any, settings: DataSettings
+    examples: Iterable[Example], tokenizer: Any, settings: DataSettings
 ) -> tuple[list[tuple[Example, Encoded]], _Counts]:
     """Encode `examples` up to `settings.limit`; what is too long is dropped, truncated or refused."""
     encoded: list[tuple[Example, Encoded]] = []
@@ -138,6 +147,7 @@ def _encode(
 def _fingerprint(examples: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        fields = [example.question, example.input, example.response, example.answer]
+        fields: list[Any] = [example.question, example.input, example.response, example.answer]
+        fields += [example.history] if example.history else []
         digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

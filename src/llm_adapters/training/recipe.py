@@ -14,6 +14,7 @@ from llm_adapters.tasks.templates import TemplateName
 
 # Keys and values of earlier versions, and their present names.
 _RENAMED_KEYS = {("training", "accelerate"): "fast_paths"}
+_LEFT_OPEN = {"device"}  # keys whose "auto" is chosen anew by a run that is resumed
 _RENAMED_VALUES = {("data", "too_long"): {"cut": "truncate"}}
 
 
@@ -81,7 +82,7 @@ class TrainingSettings:
         max_steps: stop after so many optimiser steps, whatever `epochs` says; null for no limit.
         batch_size: sequences per optimiser step, over all processes.
         micro_batch_tokens: the most tokens computed at once, which decides memory and speed; the loss does not
-            depend on it.
+            depend on it. auto chooses from the device's memory and the model.
         micro_batch_size: the most sequences computed at once; null for no limit but the tokens.
         learning_rate: the peak learning rate of AdamW.
         warmup: steps until the peak; below 1, the share of all steps.
@@ -91,6 +92,8 @@ class TrainingSettings:
         seed: of the adapter's initial weights, the order of the data and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         fast_paths: compute the same with less work, wherever that is possible (the manifest says where).
+        cuda_graphs: on a GPU, capture the passes over packs of round sizes and replay them, at next to no cost to the
+            host; where that cannot be, the manifest says why.
         log_every: steps between lines in log.jsonl.
         evaluate_every: steps between measurements of the validation loss; null for once an epoch.
         save_every: steps between checkpoints to resume from; null for once an epoch.
@@ -102,7 +105,7 @@ class TrainingSettings:
     epochs: float = 3
     max_steps: int | None = None
     batch_size: int = 16
-    micro_batch_tokens: int = 2688
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     micro_batch_size: int | None = None
     learning_rate: float = 3e-4
     warmup: float = 0.1
@@ -112,6 +115,7 @@ class TrainingSettings:
     seed: int = 42
     gradient_checkpointing: bool = False
     fast_paths: bool = True
+    cuda_graphs: bool = True
     log_every: int = 5
     evaluate_every: int | None = None
     save_every: int | None = None
@@ -161,6 +165,19 @@ class Recipe:
         """The recipe as plain mappings, lists and values, for YAML and JSON."""
         return dataclasses.asdict(self)
 
+    def resolved(self, **chosen: dict[str, Any]) -> "Recipe":
+        """A copy with what was `chosen` where "auto" was asked for: by section, the values of its keys.
+
+        Of earlier runs the record says it: ``recipe.resolved(**RunFolder(path).read_config())``.
+        """
+        document = self.to_dict()
+        for section, values in document.items():
+            for key, value in values.items():
+                if value == "auto" and key not in _LEFT_OPEN and chosen.get(section, {}).get(key) is not None:
+                    values[key] = chosen[section][key]
+        sections = {f.name: f.default_factory for f in dataclasses.fields(self)}
+        return Recipe(**{name: sections[name](**values) for name, values in document.items()})  # type: ignore[operator]
+
     def check(self) -> None:
         """Refuse values that the types allow and no run can use.
 
@@ -187,7 +204,7 @@ class Recipe:
             ("evaluation.max_new_tokens", e.max_new_tokens, 1),
             ("evaluation.batch_size", e.batch_size, 1),
         ):
-            if value is not None and not value >= least:
+            if value is not None and value != "auto" and not value >= least:
                 raise RequestError(f"{key} is {value}: it must be at least {least}")
         for key, number in (
             ("training.epochs", t.epochs),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llm_adapters.ops.packing import Pack
+from llm_adapters.ops.static_pack import StaticPack
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -24,7 +25,12 @@ def supports_packed_attention(query: torch.Tensor, value: torch.Tensor, window: 
 
 
 def packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scale: float, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack | StaticPack,
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     """See `ops.varlen_attention.varlen_attention`; with a gradient.
 
@@ -34,7 +40,7 @@ def packed_attention(
     num_heads, num_kv_heads = len(query), len(key)
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     index = pack.varlen
-    if pack.prefix:
+    if pack.shares_prefix:
         key, value = (part.index_select(0, index.key_index) for part in (key, value))
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if num_heads != num_kv_heads:
