@@ -104,7 +104,8 @@ def read_weights(config: FusionConfig, found: Mapping[str, FusionPlacement]) -> 
                 raise RequestError(f"{_called(config, int(index))} does not fit the model: it has no {stored}")
             if tensor.dtype != like.dtype and not tensor.is_floating_point():
                 raise RequestError(
-                    f"{_called(config, int(index))} does not fit the model: {stored} is {tensor.dtype}, not {like.dtype}"
+                    f"{_called(config, int(index))} does not fit the model: {stored} has type {tensor.dtype} "
+                    f"instead of {like.dtype}"
                 )
             if tensor.shape != like.shape:
                 raise RequestError(
