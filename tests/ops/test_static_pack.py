@@ -28,7 +28,7 @@ def pack_of(lengths: tuple[int, ...], prefix: int) -> Pack:
 def test_attention_is_that_of_the_pack(kv_heads: int, prefix: int, window: int | None, monkeypatch) -> None:
     packs = [pack_of(lengths, prefix) for lengths in ((40, 3, 90, 17), (5,), (60, 60, 1))]
     sizes = [StaticSizes.of(pack, 1) for pack in packs]
-    static = StaticPack.empty(sizes[0])
+    static = StaticPack(sizes[0])
     assert sizes[0] == sizes[1] == sizes[2]
     generator = torch.Generator().manual_seed(0)
     for pack in packs:
@@ -58,7 +58,7 @@ def test_attention_is_that_of_the_pack(kv_heads: int, prefix: int, window: int |
 def test_every_pack_fits_its_sizes(lengths: list[int], prefix: int, labels: int) -> None:
     pack = pack_of(tuple(lengths), prefix)
     sizes = StaticSizes.of(pack, labels)
-    static = StaticPack.empty(sizes)
+    static = StaticPack(sizes)
     static.fill(pack)
     index = static.varlen
     queries, keys = index.cu_seqlens_q.diff(), index.cu_seqlens_k.diff()
@@ -94,7 +94,7 @@ def test_ordinary_steps_have_few_sizes() -> None:
 
 
 def test_what_is_only_on_the_host_is_refused() -> None:
-    static = StaticPack.empty(StaticSizes.of(pack_of((3, 4), 2), 1))
+    static = StaticPack(StaticSizes.of(pack_of((3, 4), 2), 1))
     for name in ("prefix", "lengths", "buckets", "cu_seqlens"):
         with pytest.raises(AttributeError, match=rf"round sizes has no {name}"):
             getattr(static, name)

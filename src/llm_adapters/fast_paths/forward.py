@@ -9,13 +9,12 @@ from torch import nn
 from llm_adapters.fast_paths import attention
 from llm_adapters.ops.cross_entropy import fused_linear_cross_entropy
 from llm_adapters.ops.packing import Pack
-from llm_adapters.ops.static_pack import StaticPack
 
 if TYPE_CHECKING:
     from llm_adapters.fast_paths.session import FastPaths
 
 
-def pack_arguments(pack: Pack | StaticPack) -> dict[str, Any]:
+def pack_arguments(pack: Pack) -> dict[str, Any]:
     """Gather what a transformers model takes for a pack, besides its ids."""
     return {
         "position_ids": pack.position_ids,
@@ -25,7 +24,7 @@ def pack_arguments(pack: Pack | StaticPack) -> dict[str, Any]:
     }
 
 
-def hidden_states(base: Any, pack: Pack | StaticPack, **kwargs: Any) -> torch.Tensor:
+def hidden_states(base: Any, pack: Pack, **kwargs: Any) -> torch.Tensor:
     """Compute the decoder's last hidden states of a pack, (1, tokens, hidden size); `kwargs` go to the attention."""
     return base.base_model(input_ids=pack.input_ids, **pack_arguments(pack), **kwargs).last_hidden_state
 
@@ -36,7 +35,7 @@ def causal_forward(
     *args: Any,
     label_positions: torch.Tensor | None = None,
     targets: torch.Tensor | None = None,
-    pack: Pack | StaticPack | None = None,
+    pack: Pack | None = None,
     seq_len: int = 0,
     **kwargs: Any,
 ) -> Any:

@@ -20,7 +20,6 @@ from llm_adapters.fast_paths.rules import FAST_PATHS, INFERENCE, TRAINING, Conte
 from llm_adapters.ops import backends
 from llm_adapters.ops.cpu import allocator, prepacked
 from llm_adapters.ops.packing import Pack
-from llm_adapters.ops.static_pack import StaticPack
 
 ON = "on"
 PACKING, SHARED_PREFIX, FUSED_CROSS_ENTROPY = "packing", "shared prefix", "fused linear cross-entropy"
@@ -348,7 +347,7 @@ class FastPaths:
         if self.route is not None:
             self.route.set(torch.full((rows,), adapter))
 
-    def hidden_states(self, pack: Pack | StaticPack) -> torch.Tensor:
+    def hidden_states(self, pack: Pack) -> torch.Tensor:
         """Compute the decoder's last hidden states of a pack, (1, tokens, hidden size)."""
         return hidden_states(self.base, pack)
 

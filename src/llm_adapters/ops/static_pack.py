@@ -3,7 +3,6 @@
 Sizes are rounded by a rule that knows the pack alone, so that a run that is resumed rounds as the first one did.
 """
 
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -54,40 +53,32 @@ class StaticSizes(NamedTuple):
         )
 
 
-@dataclass
-class StaticPack:
+class StaticPack(Pack):
     """A pack whose tensors stay where they are and are filled with one pack after the other.
 
-    It has a `Pack`'s attributes as far as they are tensors or sizes. The padding is a segment of its own, which takes
-    the keys that are left over too; empty segments follow.
+    It has what a `Pack` has as far as that is a tensor or a size; asked for more (``prefix``, ``lengths``), it raises
+    AttributeError. The padding is a segment of its own, which takes the keys that are left over too; empty segments
+    follow.
 
-    Attributes:
-        input_ids: (1, tokens), int64.
-        position_ids: (1, tokens), int64.
-        varlen: the segments.
-        shares_prefix: whether the segments begin with a shared prefix.
+    Args:
+        sizes: its sizes.
+        device: where its tensors are.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    varlen: VarlenIndex
-    shares_prefix: bool
-
-    @classmethod
-    def empty(cls, sizes: StaticSizes, device: torch.device | str | None = None) -> "StaticPack":
-        """A pack of these sizes, to be filled."""
-
+    def __init__(self, sizes: StaticSizes, device: torch.device | str | None = None) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        self.input_ids, self.position_ids = zeros(1, sizes.tokens), zeros(1, sizes.tokens)
         cu_seqlens_q, cu_seqlens_k = (zeros(sizes.segments + 1, dtype=torch.int32) for _ in range(2))
-        varlen = VarlenIndex(cu_seqlens_q, cu_seqlens_k, zeros(sizes.keys), sizes.max_seqlen_q, sizes.max_seqlen_k)
-        return cls(zeros(1, sizes.tokens), zeros(1, sizes.tokens), varlen, sizes.keys > sizes.tokens)
+        index = VarlenIndex(cu_seqlens_q, cu_seqlens_k, zeros(sizes.keys), sizes.max_seqlen_q, sizes.max_seqlen_k)
+        self.cached("varlen", lambda: index)
+        self._shares_prefix = sizes.keys > sizes.tokens
 
     @property
-    def tokens(self) -> int:
-        """Tokens that are computed, the padding counted."""
-        return self.input_ids.shape[1]
+    def shares_prefix(self) -> bool:
+        """Whether the segments begin with a shared prefix."""
+        return self._shares_prefix
 
     def fill(self, pack: Pack) -> None:
         """Take over `pack`, which `StaticSizes.of` rounds to this one's sizes; the host waits for nothing."""

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
     from llm_adapters.ops.packing import Pack
-    from llm_adapters.ops.static_pack import StaticPack
 
 
 @dataclass
@@ -33,7 +32,7 @@ class MicroBatch:
     inputs: "dict[str, torch.Tensor]"
     label_positions: "torch.Tensor"
     targets: "torch.Tensor"
-    pack: "Pack | StaticPack | None"
+    pack: "Pack | None"
     tokens: int
     examples: int
 

@@ -86,14 +86,14 @@ class _Slot:
 
     def __init__(self, sizes: StaticSizes, device: torch.device) -> None:
         labels, targets = (torch.zeros(sizes.labels, dtype=torch.int64, device=device) for _ in range(2))
-        self.pack = StaticPack.empty(sizes, device)
+        self.pack = StaticPack(sizes, device)
         self.micro = MicroBatch({"input_ids": self.pack.input_ids}, labels, targets, self.pack, tokens=0, examples=0)
         self.count = torch.ones((), device=device)
         self.loss = torch.zeros((), device=device)
         self.replay: Callable[[], None] | None = None
 
     def fill(self, micro: MicroBatch, count: torch.Tensor | int) -> None:
-        assert isinstance(micro.pack, Pack)
+        assert micro.pack is not None
         own = self.micro.label_positions, self.micro.targets
         self.pack.fill(micro.pack)
         self.pack.fill_labels(own, micro.label_positions, micro.targets, micro.pack.end)
@@ -166,7 +166,7 @@ class MicroBatchGraphs:
         Returns:
             The loss, a scalar that the next call overwrites.
         """
-        if not self.rounds or not isinstance(micro.pack, Pack):
+        if not self.rounds or micro.pack is None:
             return None
         sizes = StaticSizes.of(micro.pack, len(micro.targets))
         seen = sizes in self._slots
@@ -257,7 +257,7 @@ def _unrounded_reason(fast_paths: FastPaths) -> str | None:
     """The reason why the model cannot compute a pack of round sizes, found by trying; None if it can."""
     device = fast_paths.base.device
     pack = Pack.of(trial.probe_sequences(fast_paths.base), trial.PREFIX, device)
-    static = StaticPack.empty(StaticSizes.of(pack, 1), device)
+    static = StaticPack(StaticSizes.of(pack, 1), device)
     static.fill(pack)
     try:
         with torch.no_grad(), _in_eval_mode(fast_paths.base):

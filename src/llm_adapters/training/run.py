@@ -15,7 +15,7 @@ import yaml
 from llm_adapters import methods
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
-from llm_adapters.files import write_json, write_text
+from llm_adapters.files import check_folder, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load_base, model_config
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
@@ -167,10 +167,9 @@ def _check_output(run: RunFolder, recipe: Recipe) -> bool:
         RequestError: it holds anything else.
     """
     folder = run.path
+    check_folder(folder, "the output")
     if not folder.exists():
         return False
-    if not folder.is_dir():
-        raise RequestError(f"the output {str(folder)!r} is a file: name a folder")
     if not any(folder.iterdir()):
         return False
     if not run.config.is_file():

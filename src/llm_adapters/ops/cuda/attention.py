@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from llm_adapters.ops.packing import Pack
-from llm_adapters.ops.static_pack import StaticPack
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -25,12 +24,7 @@ def supports_packed_attention(query: torch.Tensor, value: torch.Tensor, window: 
 
 
 def packed_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pack: Pack | StaticPack,
-    scale: float,
-    window: int | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scale: float, window: int | None
 ) -> torch.Tensor:
     """See `ops.varlen_attention.varlen_attention`; with a gradient.
 
