@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -319,7 +320,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
+    """Flush the files in `folder` to disk; safetensors makes private ones, and the folder is to be shared."""
     for file in _files(folder):
+        file.chmod(stat.S_IMODE(file.stat().st_mode) | _shared_mode(0o666))
         # Windows flushes only what is open for writing; elsewhere that may not be allowed.
         with file.open("r+b" if sys.platform == "win32" else "rb") as stream:
             os.fsync(stream.fileno())

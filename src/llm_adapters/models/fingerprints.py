@@ -52,7 +52,7 @@ def base_fingerprint(folder: Path, memory: Path | None = None) -> str:
     if key not in known:
         known[key] = _weights_digest(files)
         if memory is not None:
-            with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+            with contextlib.suppress(OSError):  # a memory that cannot be written is done without
                 write_json(memory, known)
     return _with_config(known[key], folder / "config.json", _VOLATILE)
 

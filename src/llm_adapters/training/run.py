@@ -18,6 +18,7 @@ from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import LOCK, refuse_links, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load, load_base, model_config
+from llm_adapters.models.insertion import insert
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
@@ -154,7 +155,8 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
     data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
-    model = _insert(base.model, config)
+    model = insert(base.model, config)
+    _check_trainable(model)
     arguments = _arguments(recipe, folder.checkpoints, len(data.train), base.device)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -204,18 +206,9 @@ def _begin(run: RunFolder, recipe: Recipe, base: LoadedModel, data: TrainingData
     return begun
 
 
-def _insert(model: Any, config: Any) -> "PeftModel":
-    from peft import get_peft_model
-
-    try:
-        adapted = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"the adapter does not fit the model: {error}") from error
-    if not any(weight.numel() for weight in checkpoints.trainable(adapted).values()):
+def _check_trainable(model: "PeftModel") -> None:
+    if not any(weight.numel() for weight in checkpoints.trainable(model).values()):
         raise RequestError("the adapter has no trainable parameter: see that its options leave it a size")
-    return adapted
 
 
 def _fit(
