@@ -523,8 +523,7 @@ def task_files(rng: random.Random) -> Iterator[Case]:
             )
             refused: bool | None = what not in takes
             if (
-                (key in texts
-                and isinstance(value, str))
+                (key in texts and isinstance(value, str))
                 or what in takes
                 or (key in ("url", "local", "blob") and isinstance(value, str))
             ):
