@@ -45,7 +45,7 @@ def once(work: Callable[[], Result]) -> Result:
         return work()
     store, key = shared_store(), f"once/{next(_numbers)}"
     if not is_first():
-        done, result = pickle.loads(_wait(store, key))
+        done, result = pickle.loads(_wait(store, key))  # noqa: S301 -- of the first process of this very run
         if done:
             return result
         raise result
