@@ -141,7 +141,7 @@ def test_cross_entropy(reference, dtype: torch.dtype) -> None:
     compare(reference, compute, hidden)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2] if DEVICE == "cuda" else [0.2])  # without dropout the products are cuBLAS's
+@pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize(("rows", "into", "out", "rank"), [(5, 40, 24, 3), (70, 130, 66, 33)])
 def test_lora(reference, monkeypatch: pytest.MonkeyPatch, p: float, rows: int, into: int, out: int, rank: int) -> None:
     """Forward and every gradient: no further from float64 than the reference, `TIMES` at most."""
@@ -183,7 +183,9 @@ def test_a_planted_fault_is_seen(reference) -> None:
 def test_functions_have_the_names_of_the_contract() -> None:
     from llm_adapters.ops.cpu import functions as cpu
 
-    own = {"packed_attention"}  # which has its own gradient, in place of varlen_attention and its backward function
+    # The attention has its own gradient, in place of varlen_attention and its backward function. On a CPU the weights
+    # of a LoRA are rounded when they are packed.
+    own = {"packed_attention", "lora_weights"}
     assert set(cuda.__all__) - own <= set(cpu.__all__)
     assert all(callable(getattr(cuda, name)) for name in cuda.__all__)
     assert cuda.unsupported_reason(torch.float64) is not None
