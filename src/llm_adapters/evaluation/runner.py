@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from llm_adapters.evaluation.records import Journal, Record, score
 from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
 from llm_adapters.files import check_folder
 from llm_adapters.generation import generator as generation
-from llm_adapters.models import LoadedModel, load
+from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
 from llm_adapters.tasks.examples import Example, Task
-from llm_adapters.tasks.templates import encode_prompt, get_template, render_prompt
+from llm_adapters.tasks.templates import clock, encode_prompt, get_template, render_prompt
+from llm_adapters.tasks.tokens import longest_token
 
 SEEN_WARNING = 0.01  # the share of questions in the training data above which a score is called into question
 
@@ -190,6 +192,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
     """Circumstances of the measurement: everything of the summary but the numbers."""
     import torch
 
+    date = {"date": told} if (told := clock(settings.template)) else {}
     return {
         "model": {
             "name": loaded.name,
@@ -200,7 +203,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
-        "template": {"name": settings.template, "origin": origin},
+        "template": {"name": settings.template, "origin": origin, **date},
         "precision": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
@@ -218,10 +221,16 @@ def _prepare(
     """Render and encode; raises `RequestError` where the model cannot take the prompts."""
     texts = [example.question for example in examples]
     seen = leakage.seen(trained_on, texts) if trained_on else [False] * len(texts)
+    most = 2 * (context_length(loaded.model) or sys.maxsize) * longest_token(loaded.tokenizer)
     questions = []
     for index, (example, known) in enumerate(zip(examples, seen, strict=True)):
-        prompt = render_prompt(settings.template, example.question, example.input, tokenizer=loaded.tokenizer)
-        ids = encode_prompt(loaded.tokenizer, prompt, template=settings.template)
+        prompt = render_prompt(
+            settings.template, example.question, example.input, tokenizer=loaded.tokenizer, history=example.history
+        )
+        # A prompt that is too long in any case is skipped: its length need not be known.
+        ids = encode_prompt(
+            loaded.tokenizer, prompt[:most] if len(prompt) > most else prompt, template=settings.template
+        )
         questions.append(_Question(index, example, prompt, ids, bool(known)))
     generation.check_prompts(loaded.model, [question.ids for question in questions], settings.max_new_tokens)
     return _Work(task.name, task.kind, questions)
