@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -169,6 +170,29 @@ def test_lora(reference, monkeypatch: pytest.MonkeyPatch, p: float, rows: int, i
         runs.append([result.detach(), *(leaf.grad for leaf in leaves)])
     for exact, expected, found in zip(*runs, strict=True):
         close(found, expected, exact)
+
+
+def test_the_matrices_of_a_lora_are_rounded_once_and_scaled_by_the_products(reference, monkeypatch) -> None:
+    """What is launched besides the products, the rounding of A and B, and one factor of a gradient: nothing."""
+    reference()
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch, "mm", lambda one, other, out_dtype=None: (one @ other).to(out_dtype or one.dtype))
+    x, weight = draw(5, 40, dtype=torch.float16).requires_grad_(), draw(24, 40, dtype=torch.float16, seed=1)
+    a, b = (draw(*shape, seed=2).requires_grad_() for shape in ((4, 40), (24, 4)))
+    launched: list[str] = []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            launched.append(str(func).split(".")[1])
+            return func(*args, **(kwargs or {}))
+
+    with Launches():
+        out = lora.lora_linear(x, weight, None, a, b, 2.0, 0.0)
+        forward = len(launched)
+        out.backward(torch.ones_like(out))
+    assert launched[:forward].count("_to_copy") == 2
+    assert not {"mul", "clone", "randint"} & set(launched)
+    assert launched.count("mul_") == 1
 
 
 def test_a_planted_fault_is_seen(reference) -> None:
