@@ -4,6 +4,7 @@ semantics (`tests/support/graph_recorder.py`)."""
 import functools
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def size(micro: MicroBatch) -> StaticSizes:
 
 def micro_batches(shared: int = 6) -> list[MicroBatch]:
     """Five of one size, of other numbers and lengths of segments, shared prefixes and numbers of labels."""
-    chosen = [examples(7 + seed % 3, shared and shared + seed % 4, seed)[seed % 2 :] for seed in range(5)]
-    found = [micro for rows in chosen for micro in Collator(0).make_micro_batches(rows)]
-    assert len({size(micro) for micro in found}) == 1
+    chosen = [examples(7 + seed % 3, shared and shared + seed % 4, seed)[seed % 5 :] for seed in range(60)]
+    made = [micro for rows in chosen for micro in Collator(0).make_micro_batches(rows)]
+    ((usual, count),) = Counter(size(micro) for micro in made).most_common(1)
+    found = [micro for micro in made if size(micro) == usual][:5]
+    assert count >= 5
     for value in (lambda m: m.pack.lengths, lambda m: len(m.targets)):
         assert len({value(micro) for micro in found}) > 2
     return found
