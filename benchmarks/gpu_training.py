@@ -11,9 +11,9 @@ parallel adapters of size 256 on the MLP.
 Measured: real tokens (no padding) a second between two synchronised clocks after some steps, the device's peak memory,
 and the first and the last loss. Each contestant runs in a process of its own.
 
-ours           `FastPaths`, `Collator` and the Trainer of `llm_adapters.train`, with the step in one pack and CUDA graphs of
-               the passes over it. `graphs` in the result says how many, and how long capturing took (before the timed
-               steps, if --warm-up is long enough, else within).
+ours           `FastPaths`, `Collator` and the Trainer of `llm_adapters.train`, the step in one pack, and CUDA graphs of
+               the passes over it. `graphs` in the result says how many, and how long capturing took (within the timed
+               steps for sizes that first come there).
 no_graphs      the same without CUDA graphs.
 padded         transformers.Trainer and PEFT, adapters in bfloat16, rows grouped by length, fused AdamW (LoRA only).
 padding_free   the same without padding: `DataCollatorWithFlattening`, torch's variable-length attention, Liger (LoRA
