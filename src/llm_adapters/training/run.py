@@ -165,7 +165,9 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
         set_seed(recipe.training.seed + processes.rank())  # each its own dropout
 
     if recipe.training.micro_batch_tokens == "auto":
-        tokens = processes.once(lambda: sizes.choose(model, base.device, recipe.training.gradient_checkpointing))
+        checkpointing = recipe.training.gradient_checkpointing
+        graphs = recipe.training.cuda_graphs and base.device.type == "cuda" and not checkpointing
+        tokens = processes.once(lambda: sizes.choose(model, base.device, checkpointing, graphs))
         recipe = recipe.resolved(training={"micro_batch_tokens": tokens})
     recipe = recipe.resolved(model={"dtype": str(base.dtype).removeprefix("torch.")})
     begun = processes.once(lambda: _begin(folder, recipe, base, data, resumes))
