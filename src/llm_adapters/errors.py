@@ -92,12 +92,11 @@ def _system_error(error: BaseException) -> OSError | None:
         return error
     if code := _RUST_ERROR.search(str(error)):
         return OSError(int(code[1]), os.strerror(int(code[1])))
-    inner = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
+    torch_writer = isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error))
+    inner = error.__cause__ or (error.__context__ if torch_writer else None)
     if inner is not None and (found := _system_error(inner)):
         return found
-    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if torch_writer else None
 
 
 def first_line(error: BaseException) -> str:
