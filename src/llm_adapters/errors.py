@@ -105,6 +105,15 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
+# A terminal obeys control characters, and names, questions and answers are other people's.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def harmless(text: str) -> str:
+    """`text` with a replacement for each control character but the ends of lines and tabs."""
+    return text.translate(_CONTROLS)
+
+
 def shortened(text: str, length: int = 200) -> str:
     """`text`, or its beginning and ``...`` where it has more than `length` characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
