@@ -96,7 +96,9 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
     base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
-    data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
+    embeddings = base.model.get_input_embeddings().weight.shape[0]
+    seed, context = recipe.training.seed, context_length(base.model)
+    data = prepare(examples, base.tokenizer, recipe.data, seed, context, embeddings)
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
     model = _insert(base.model, config)
