@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
 from llm_adapters.evaluation.records import Journal, Record, score
-from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
+from llm_adapters.evaluation.results import TASK_NAME, Evaluation, TaskResult, summarise
 from llm_adapters.files import check_folder
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, context_length, load
@@ -162,7 +161,7 @@ def load_questions(tasks: Sequence[str], limit: int | None = None) -> list[tuple
         raise RequestError("no tasks to evaluate on: name at least one, such as gsm8k.")
     rows = {row.name: (row, name) for name in names for row in [get(name)]}
     for row, _ in rows.values():
-        if not re.fullmatch(r"\w[\w.-]*", row.name):
+        if not TASK_NAME.fullmatch(row.name):
             raise RequestError(f"the task name {row.name!r} cannot name a file: use letters, digits, '-', '_' and '.'.")
         if row.split != "test":
             raise RequestError(f"{row.name!r} is a training set: evaluate on a test set.")
@@ -265,7 +264,7 @@ def _measure(
     total_seconds = 0.0
     bar.task(task.name, len(task.questions))
     for kept, seconds in journal.resume():
-        question = task.questions[kept.index] if kept.index < len(task.questions) else None
+        question = task.questions[kept.index] if 0 <= kept.index < len(task.questions) else None
         if question and kept.prompt == question.prompt:
             # How it is judged may have changed since; what the model wrote has not.
             record = dataclasses.replace(kept, label=question.example.answer, seen=question.seen)
