@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llm_adapters._version import __version__
 from llm_adapters.adapter_files import write_note
 from llm_adapters.files import atomic_folder, mark_complete
+from llm_adapters.models import starts
 from llm_adapters.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def save_weights(model: "PeftModel", folder: Path, state_dict: dict[str, Any] | 
 def save_adapter(model: "PeftModel", folder: Path, template: str) -> None:
     """Write the trained adapter to `folder`, whole or not at all, with the prompt template that it was trained with."""
     with atomic_folder(folder, replace=True) as made:
-        save_weights(model, made)
+        starts.save(model, made, save_embedding_layers=False)
         write_note(made, template, **{"llm-adapters": __version__})
 
 
