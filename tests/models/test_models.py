@@ -545,7 +545,7 @@ def test_requests_that_contradict_themselves(folder, adapter, tmp_path):
 def test_a_config_that_is_none(folder, tmp_path, config):
     save_run(folder, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config)
-    with pytest.raises(RequestError, match="is not the config of a run|is not a YAML file that can be read"):
+    with pytest.raises(RequestError, match=r"is not the config of a run|is not a YAML file that can be read"):
         load(tmp_path / "run")
 
 

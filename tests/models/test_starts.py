@@ -37,13 +37,8 @@ _OTHER = {
     "fusion", "adamss", "adaption_prompt", "cartridge", "multitask_prompt_tuning", "poly", "shadow", "trainable_tokens",
     "xlora", "prefix_tuning", "prompt_tuning", "p_tuning", "cpt", "bottleneck",
 }  # fmt: skip
-_METHODS = sorted({key.lower() for key in config_classes()} - _OTHER) + [
-    "series",
-    "mam",
-    "prefix",
-    "prompt",
-    "p-tuning",
-]
+_OWN = ["series", "mam", "prefix", "prompt", "p-tuning"]
+_METHODS = [*sorted({key.lower() for key in config_classes()} - _OTHER), *_OWN]
 _STARTS = [True, False, "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_2", "olora"]
 _CASES = [(name, _OPTIONS.get(name, {})) for name in _METHODS]
 _CASES += [("lora", {"r": 4, "lora_dropout": 0.0, "init_lora_weights": start}) for start in _STARTS]

@@ -10,6 +10,7 @@ from tiny import FAMILIES, tiny_model
 from llm_adapters import BottleneckConfig, methods
 from llm_adapters.models.targets import unmatched
 
+LORA = peft.LoraConfig
 NOWHERE = "no module of LlamaForCausalLM that gets an adapter"
 BEYOND = "nothing in such a layer gets an adapter"
 
@@ -26,23 +27,23 @@ _NOT_GIVEN = {"peft_type", "auto_mapping", "peft_version"}
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (peft.LoraConfig(target_modules=["q_proj", "query"]), f"target_modules has 'query', which is the name of {NOWHERE}"),
-        (peft.LoraConfig(target_modules=["down_proj", "donw_proj"]), "near it are down_proj"),
+        (LORA(target_modules=["q_proj", "query"]), f"target_modules has 'query', which is the name of {NOWHERE}"),
+        (LORA(target_modules=["down_proj", "donw_proj"]), "near it are down_proj"),
         (peft.LoKrConfig(target_modules=["q_proj", "layers.7.v_proj"]), "'layers.7.v_proj'"),
         (peft.VeraConfig(target_modules=["q_proj", "o_prj"]), "near it are .*o_proj"),
         (peft.IA3Config(target_modules=["k_proj", "up"], feedforward_modules=["up"]), "feedforward_modules has 'up'"),
-        (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "head2"]), "modules_to_save has 'head2'"),
-        (peft.LoraConfig(target_modules=["q_proj"], exclude_modules=["model.layers.0.self_attn.q_proj", "x"]), "has 'x'"),
-        (peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 2]), f"layers_to_transform has 2, and {BEYOND}"),
+        (LORA(target_modules=["q_proj"], modules_to_save=["lm_head", "head2"]), "modules_to_save has 'head2'"),
+        (LORA(target_modules=["q_proj"], exclude_modules=["model.layers.0.self_attn.q_proj", "x"]), "has 'x'"),
+        (LORA(target_modules=["q_proj"], layers_to_transform=[0, 2]), f"layers_to_transform has 2, and {BEYOND}"),
         (peft.OFTConfig(target_modules=["q_proj"], layers_to_transform=[1, -1]), "layers_to_transform has -1"),
-        (peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), f"rank_pattern has 'k_proj', .*{NOWHERE}"),
+        (LORA(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), f"rank_pattern has 'k_proj', .*{NOWHERE}"),
         (peft.LoHaConfig(target_modules=["q_proj"], alpha_pattern={"q_proj": 2, "v": 1}), "alpha_pattern has 'v'"),
         (BottleneckConfig(modules_to_save=["lm_head"]), ""),
-        (peft.LoraConfig(target_modules="all-linear"), ""),
-        (peft.LoraConfig(target_modules=r".*\.1\..*q_proj"), ""),
-        (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head"]), ""),  # PEFT takes any ending there
-        (peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"), ""),
-        (peft.LoraConfig(), ""),
+        (LORA(target_modules="all-linear"), ""),
+        (LORA(target_modules=r".*\.1\..*q_proj"), ""),
+        (LORA(target_modules=["q_proj"], modules_to_save=["head"]), ""),  # PEFT takes any ending there
+        (LORA(target_modules=["q_proj"], task_type="SEQ_CLS"), ""),
+        (LORA(), ""),
         (peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), ""),
     ],
 )  # fmt: skip

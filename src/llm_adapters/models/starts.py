@@ -60,7 +60,8 @@ def check_start(config: "PeftConfig") -> None:
 
 def keep_start(adapted: "PeftModel") -> None:
     """Remember the adapter's weights before training, which `save` will need."""
-    if any(map(changes_base, adapted.peft_config.values())):
+    on_meta = any(parameter.is_meta for parameter in adapted.parameters())  # to be looked at, not to be trained
+    if any(map(changes_base, adapted.peft_config.values())) and not on_meta:
         _starts[adapted] = {name: tensor.clone() for name, tensor in _weights(adapted).items()}
 
 

@@ -175,10 +175,10 @@ def _encode(
 def _check_ids(ids: Sequence[int], embeddings: int | None, number: int, tokenizer: Any) -> None:
     largest = max(ids, default=0)
     if embeddings is not None and largest >= embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise RequestError(
-            f"example {number} of the training data holds token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
-            f"and the model has embeddings of {embeddings} tokens: use the model's own tokenizer, or a model whose "
-            "embeddings were resized to this one."
+            f"example {number} of the training data holds token {largest} ({token!r}), and the model has embeddings of "
+            f"{embeddings} tokens: use the model's own tokenizer, or a model whose embeddings were resized to this one."
         )
 
 
