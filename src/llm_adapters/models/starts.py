@@ -58,6 +58,20 @@ def check_start(config: "PeftConfig") -> None:
         )
 
 
+def check_loadable(config: "PeftConfig", folder: Path) -> None:
+    """Refuse a saved adapter whose start, which PEFT makes again when it loads it, is not what it was.
+
+    Raises:
+        RequestError: it was drawn at random, or made of gradients.
+    """
+    start = _start(config)
+    if "_niter_" in start or start == "lora_ga":
+        raise RequestError(
+            f"the adapter {str(folder)!r} needs the base model that its start has left (init_lora_weights {start!r}), "
+            "and loading it would make another: save it again with PEFT's path_initial_model_for_weight_conversion."
+        )
+
+
 def keep_start(adapted: "PeftModel") -> None:
     """Remember the adapter's weights before training, which `save` will need."""
     on_meta = any(parameter.is_meta for parameter in adapted.parameters())  # to be looked at, not to be trained

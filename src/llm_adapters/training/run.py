@@ -187,7 +187,7 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
             made = manifest.describe(
                 recipe, base, model, data, recorder, state, seconds, fast.report, begun, micro_batches.to_dict()
             )
-            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template, base.weights_fingerprint())
             write_json(folder.manifest, made)  # last: its presence says that the run is finished
             checkpoints.prune(folder)
             return made, recorder.losses
