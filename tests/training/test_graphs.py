@@ -53,7 +53,7 @@ def micro_batches(shared: int = 6) -> list[MicroBatch]:
 
 @pytest.mark.parametrize("shared", [6, 0])
 @pytest.mark.parametrize("method", OPTIONS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "opt"])
 def test_replays_are_the_plain_loop(family: str, method: str, shared: int) -> None:
     """Two micro-batches of each step; the third step is of other micro-batches than what was captured."""
     model = adapted(family, method).train()
