@@ -96,7 +96,7 @@ def test_the_whole_way_on_a_tiny_model(base, tmp_path):
 
 def test_an_adapter_that_does_nothing_is_measured_only_if_that_is_allowed(base, task, tmp_path, scripted):
     run = make_run(base, tmp_path / "run", trained=False)
-    with pytest.raises(RequestError, match="does nothing.*allow_untrained=True"):
+    with pytest.raises(RequestError, match=r"does nothing.*allow_untrained=True"):
         evaluate(run, tasks=[task])
     assert not (run / "eval").exists()
     assert not scripted
