@@ -24,7 +24,7 @@ class TrainingData:
 
     Attributes:
         train, validation: encoded examples, in the order of the seed's shuffle.
-        questions: the questions trained on, for the contamination report.
+        questions: the questions trained on, those of earlier turns too, for the contamination report.
         dropped: how many examples were longer than the limit and left out.
         truncated: how many were longer and truncated.
         control_tokens: how many hold, in their words, what the tokenizer takes for a control token: it stays text.
@@ -106,7 +106,7 @@ def prepare(
     return TrainingData(
         train=[tokens for _, tokens in train],
         validation=[tokens for _, tokens in validation],
-        questions=[example.question for example, _ in train],
+        questions=[question for example, _ in train for question in example.questions],
         dropped=counts.dropped,
         truncated=counts.truncated,
         control_tokens=held,
