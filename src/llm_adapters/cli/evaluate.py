@@ -24,6 +24,8 @@ def evaluate(
     device: str = "auto",
     output: Path | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
     html: bool = False,
     json: bool = False,
 ) -> None:
@@ -43,6 +45,8 @@ def evaluate(
         device: the device to run on; auto takes an accelerator if there is one.
         output: the folder for records and summary; a run's own folder if not given.
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
+        allow_untrained: measure an adapter that does nothing, too.
+        allow_other_base: measure an adapter on other weights than those that it was trained on, too.
         html: write errors.html beside the records, a page to read questions, outputs and answers in.
         json: print the result as one JSON document on stdout.
     """
@@ -72,6 +76,8 @@ def evaluate(
         device=device,
         output=output,
         check_invariance=check_invariance,
+        allow_untrained=allow_untrained,
+        allow_other_base=allow_other_base,
     )
     if html and result.folder:
         write_report(result.folder)
