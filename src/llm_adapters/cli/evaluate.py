@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from llm_adapters.compat.jsonargparse import Count
 from llm_adapters.errors import RequestError
 from llm_adapters.tasks.answers import ProtocolName
 from llm_adapters.tasks.templates import TemplateName
@@ -14,15 +15,17 @@ def evaluate(
     model: str | None = None,
     adapter: Path | None = None,
     tasks: list[str] | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     protocol: ProtocolName = "default",
     template: TemplateName | None = None,
-    batch_size: int | None = None,
-    max_new_tokens: int | None = None,
+    batch_size: Count | None = None,
+    max_new_tokens: Count | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     output: Path | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
     html: bool = False,
     json: bool = False,
 ) -> None:
@@ -42,6 +45,8 @@ def evaluate(
         device: the device to run on; auto takes an accelerator if there is one.
         output: the folder for records and summary; a run's own folder if not given.
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
+        allow_untrained: measure an adapter that does nothing, too.
+        allow_other_base: measure an adapter on other weights than those that it was trained on, too.
         html: write errors.html beside the records, a page to read questions, outputs and answers in.
         json: print the result as one JSON document on stdout.
     """
@@ -71,6 +76,8 @@ def evaluate(
         device=device,
         output=output,
         check_invariance=check_invariance,
+        allow_untrained=allow_untrained,
+        allow_other_base=allow_other_base,
     )
     if html and (folder := result.folder):
         processes.once(lambda: write_report(folder))

@@ -56,8 +56,10 @@ class DataSettings:
     """The data that it is trained on.
 
     Attributes:
-        train: a training set of the catalogue (see `llm-adapters data list`) or a .json, .jsonl, .csv or .parquet file.
-        columns: for a file, which column holds question, input, response and answer; null finds the usual names.
+        train: a training set of the catalogue (see `llm-adapters data list`) or a .json, .jsonl, .csv, .tsv or .parquet
+            file.
+        columns: for a file, which column holds question, input, response, answer, system, history, messages and
+            choices; a column for which null is given is not used. Without a map the usual names are found.
         limit: use so many examples, the first that fit after shuffling with the seed; null for all.
         validation: hold out this many examples, or this share if below 1, to measure the loss on.
         template: the prompt template; it travels with the adapter.
@@ -239,12 +241,15 @@ def _typed(document: Mapping[str, Any]) -> Recipe:
 
     from llm_adapters.compat.jsonargparse import readable
 
+    adapter = document.get("adapter", {})
+    options = adapter.get("options", {})
+    if not isinstance(options, Mapping):
+        raise RequestError(f"adapter.options must be a mapping such as {{r: 8}}, not {shortened(str(options), 60)!r}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, "recipe")
     try:
         # What the parser would copy without looking, and what it would take for "not given", is put in afterwards.
-        options = document.get("adapter", {}).get("options", {})
-        found = parser.parse_object({"recipe": {**document, "adapter": {**document.get("adapter", {}), "options": {}}}})
+        found = parser.parse_object({"recipe": {**document, "adapter": {**adapter, "options": {}}}})
     except (ArgumentError, TypeError, ValueError) as error:
         raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from None
     kinds = typing.get_type_hints(Recipe)
