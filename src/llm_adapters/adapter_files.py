@@ -40,9 +40,14 @@ def find_adapter(folder: Path) -> Path:
     return found
 
 
+def read_note(folder: Path) -> dict[str, Any]:
+    """What `write_note` has written beside the adapter in `folder`; empty where it has not."""
+    return read_json(folder / _NOTE) if (folder / _NOTE).is_file() else {}
+
+
 def read_template(folder: Path) -> str | None:
     """Prompt template that the adapter in `folder` was trained with; None where nothing says so."""
-    return read_json(folder / _NOTE).get("template") if (folder / _NOTE).is_file() else None
+    return read_note(folder).get("template")
 
 
 def write_note(folder: Path, template: str, **more: Any) -> None:

@@ -39,6 +39,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: str | None = "auto",
     output: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check_invariance: int = 0,
@@ -49,7 +50,8 @@ def evaluate(
     too), or a model that it returned. `tasks` are
     names of the catalogue or paths of task files; `limit` takes the first so many questions of each. `protocol` is
     ``"default"``, ``"strict"`` or ``"paper"``. `template` None uses the one that the adapter was trained with, or
-    ``alpaca`` for a bare model. `batch_size` None chooses one; `max_new_tokens` None is 256.
+    ``alpaca`` for a bare model. `quantization` is ``"nf4"``, ``"int8"`` or None; ``"auto"`` stores the base's weights
+    as they were when the adapter was trained. `batch_size` None chooses one; `max_new_tokens` None is 256.
 
     Records and summary are written to ``eval/<protocol>/`` under `output`, or under the run folder; for anything else
     without `output` nothing is written. An interrupted evaluation goes on where it stopped when it is asked for again.
@@ -74,7 +76,7 @@ def evaluate(
             raise RequestError(f"{what}={value} is too small: give {least} or more.")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
-        loaded = load(run_or_model, adapter, dtype=dtype, device=device)
+        loaded = load(run_or_model, adapter, dtype=dtype, device=device, quantization=quantization)
     elif adapter is None:
         loaded = run_or_model
     else:
@@ -202,6 +204,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
         "template": {"name": settings.template, "origin": origin},
         "precision": str(loaded.dtype).removeprefix("torch."),
+        "quantization": loaded.quantization.to_dict() if loaded.quantization else None,
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -309,8 +312,8 @@ def _in_float32(loaded: LoadedModel) -> LoadedModel:
         return loaded
     device = str(loaded.device)
     if loaded.run:
-        return load(loaded.run, dtype="float32", device=device)
-    return load(loaded.name, loaded.adapter, dtype="float32", device=device)
+        return load(loaded.run, dtype="float32", device=device, quantization=loaded.quantization)
+    return load(loaded.name, loaded.adapter, dtype="float32", device=device, quantization=loaded.quantization)
 
 
 def _ask_again(

@@ -12,6 +12,8 @@ from llm_adapters.runs import RunFolder
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from llm_adapters.models import Quantization
+
 
 def save_weights(model: "PeftModel", folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write the adapter's weights and config to `folder`, in PEFT's format.
@@ -25,11 +27,19 @@ def save_weights(model: "PeftModel", folder: Path, state_dict: dict[str, Any] | 
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
 
 
-def save_adapter(model: "PeftModel", folder: Path, template: str) -> None:
-    """Write the trained adapter to `folder`, whole or not at all, with the prompt template that it was trained with."""
+def save_adapter(model: "PeftModel", folder: Path, template: str, quantization: "Quantization | None" = None) -> None:
+    """Write the trained adapter to `folder`, whole or not at all, with what its use must know of its training.
+
+    Args:
+        model: the model with the adapter.
+        folder: where to write.
+        template: the prompt template.
+        quantization: how the base's weights were stored.
+    """
+    more = {"quantization": quantization.kind, "double_quantization": quantization.double} if quantization else {}
     with atomic_folder(folder, replace=True) as made:
         save_weights(model, made)
-        write_note(made, template, **{"llm-adapters": __version__})
+        write_note(made, template, **more, **{"llm-adapters": __version__})
 
 
 def complete(run: RunFolder, step: int) -> None:

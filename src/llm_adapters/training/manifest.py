@@ -41,7 +41,7 @@ def describe(
     import torch
 
     memory = peak_memory(base.device)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable, parameters = model.get_nb_trainable_parameters()  # of packed weights it knows how many there are
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions("accelerate"),
@@ -57,12 +57,13 @@ def describe(
             "name": base.name,
             "source": base.source,
             "dtype": str(base.dtype).removeprefix("torch."),
+            "quantization": base.quantization.to_dict() if base.quantization else None,
             "fingerprint": base.fingerprint(),
         },
         "adapter": {
             "method": recipe.adapter.method,
             "trainable_parameters": trainable,
-            "all_parameters": sum(p.numel() for p in model.parameters()),
+            "all_parameters": parameters,
         },
         "data": {
             "name": recipe.data.train,

@@ -26,11 +26,16 @@ class ModelSettings:
         name: a local folder, the short name smollm2-135m, or a hub id.
         dtype: precision of the base; auto is bfloat16 where the hardware multiplies it natively, else float32.
         device: where to train; auto takes an accelerator if there is one.
+        quantization: store the frozen weights in fewer bits, nf4 (QLoRA) or int8; null for dtype, in which everything
+            is computed in any case.
+        double_quantization: with nf4, quantise the scales too, which saves 0.4 bits a weight.
     """
 
     name: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
+    double_quantization: bool = True
 
 
 @dataclass
@@ -84,6 +89,11 @@ class TrainingSettings:
         micro_batch_tokens: the most tokens computed at once, which decides memory and speed; the loss does not
             depend on it. auto chooses from the device's memory and the model.
         micro_batch_size: the most sequences computed at once; null for no limit but the tokens.
+        optimizer: AdamW, fused into one kernel, with one per operation, with states of 8 bits, or with states that go
+            to the host where the device is full, by transformers' names; the last three need bitsandbytes.
+        adam_beta1: AdamW's decay of the mean of the gradients.
+        adam_beta2: AdamW's decay of the mean of their squares.
+        adam_epsilon: what AdamW adds to the root of the latter.
         learning_rate: the peak learning rate of AdamW.
         warmup: steps until the peak; below 1, the share of all steps.
         schedule: what the learning rate does after the peak.
@@ -105,6 +115,12 @@ class TrainingSettings:
     batch_size: int = 16
     micro_batch_tokens: int | Literal["auto"] = "auto"
     micro_batch_size: int | None = None
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        "adamw_torch_fused"
+    )
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
     learning_rate: float = 3e-4
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -207,9 +223,13 @@ class Recipe:
             ("training.epochs", t.epochs),
             ("training.learning_rate", t.learning_rate),
             ("training.max_grad_norm", t.max_grad_norm),
+            ("training.adam_epsilon", t.adam_epsilon),
         ):
             if not 0 < number < float("inf"):
                 raise RequestError(f"{key} is {number}: it must be above 0 and finite")
+        for key, number in (("training.adam_beta1", t.adam_beta1), ("training.adam_beta2", t.adam_beta2)):
+            if not 0 <= number < 1:
+                raise RequestError(f"{key} is {number}: it must be at least 0 and below 1")
         if d.validation >= 1 and d.validation != int(d.validation):
             raise RequestError(f"data.validation is {d.validation}: a whole number of examples, or a share below 1")
         for key, on in (

@@ -1,6 +1,7 @@
 """`train`: from a recipe to a run folder; nothing is measured here."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load_base, model_config
+from llm_adapters.models.quantization import Quantization, check_method, check_optimizer
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
@@ -92,10 +94,15 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     resumes = _check_output(folder, recipe)
     if resumes:
         recipe = recipe.resolved(**folder.read_config())
-    methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    row = methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    quantization = Quantization.of(dataclasses.asdict(recipe.model))
+    if quantization is not None:
+        check_method(row.name, row.peft_type)
+        quantization.require()
+    check_optimizer(recipe.training.optimizer)
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
-    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
+    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device, quantization=quantization)
     data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
@@ -128,7 +135,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
             recipe, base, model, data, recorder, state, seconds, fast.report, micro_batches.to_dict()
         )
         if processes.first:
-            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template, base.quantization)
             write_json(folder.manifest, document)  # last: its presence says that the run is finished
             checkpoints.prune(folder)
     processes.wait()
@@ -292,6 +299,10 @@ def _arguments(recipe: Recipe, output: Path, examples: int, device: Any) -> Any:
         max_steps=t.max_steps or -1,
         per_device_train_batch_size=t.batch_size // world,
         per_device_eval_batch_size=t.batch_size // world,
+        optim=t.optimizer,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
         learning_rate=t.learning_rate,
         warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),
         lr_scheduler_type=t.schedule if t.schedule != "constant" else "constant_with_warmup",
