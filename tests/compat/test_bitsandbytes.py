@@ -23,7 +23,7 @@ def test_an_evaluation_before_training_takes_no_gradient_away() -> None:
 
 
 def test_casts_of_inputs_are_not_told_in_every_call() -> None:
-    layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False).to("cpu")
+    layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False).to("cpu").eval()
     logger, told = logging.getLogger(CAST_LOGGER), []
     level, handler = logger.level, logging.Handler()
     handler.emit = told.append  # type: ignore[method-assign]

@@ -37,10 +37,16 @@ def loss_of(fast: FastPaths) -> torch.Tensor:
     return sum((fast.model(**micro.arguments())["loss"] for micro in micro_batches), torch.zeros(()))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "room"),
+    # What int8 rounds by is in float32 more than the trial takes for rounding: packs are off there.
+    [("nf4", "float32", 1e-5), ("nf4", "bfloat16", 0.05), ("int8", "bfloat16", 0.05)],
+)
 @pytest.mark.parametrize("method", OPTIONS)
-def test_loss_and_gradients_are_those_without_fast_paths(method: str, kind: str, folder: Path) -> None:
-    model = adapted(folder, kind, method)
+def test_loss_and_gradients_are_those_without_fast_paths(
+    method: str, kind: str, dtype: str, room: float, folder: Path
+) -> None:
+    model = adapted(folder, kind, method, dtype)
     expected = plain_loss(model, examples())
     directions = gradients(model, expected)
     with FastPaths(model) as fast:
@@ -51,17 +57,10 @@ def test_loss_and_gradients_are_those_without_fast_paths(method: str, kind: str,
             assert fast.report["LoRA beside quantised weights"] == f"{ON}, 10 modules"
         loss = loss_of(fast)
         found = gradients(model, loss)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert_same(found, directions, 1e-4)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_bfloat16_keeps_its_fast_paths(kind: str, folder: Path) -> None:
-    model = adapted(folder, kind, "lora", "bfloat16")
-    with FastPaths(model) as fast:
-        assert fast.packs, fast.report
-        assert fast.report["LoRA beside quantised weights"].startswith(ON), fast.report
-        assert torch.isfinite(loss_of(fast))
+    torch.testing.assert_close(loss, expected, rtol=room, atol=0)
+    for name, direction in directions.items():
+        loose = 10 if "_scale" in name else 1  # one sum over all tokens, whose terms cancel
+        assert (found[name] - direction).norm() <= loose * room * direction.norm() + 1e-6, name
 
 
 def test_with_dropout_it_learns_what_it_did(folder: Path) -> None:

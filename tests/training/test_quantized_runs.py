@@ -91,8 +91,11 @@ def test_a_fusion_of_adapters_on_a_quantised_base(model: Path, tmp_path: Path) -
 
 @with_bitsandbytes
 def test_checkpointing_changes_nothing(model: Path, tmp_path: Path) -> None:
-    plain = train(recipe(model, "nf4"), tmp_path / "plain", progress=False)
-    again = train(recipe(model, "nf4", gradient_checkpointing=True), tmp_path / "again", progress=False)
+    document = recipe(model, "nf4")
+    document["adapter"]["options"] = {"r": 8, "lora_dropout": 0.0}
+    plain = train(document, tmp_path / "plain", progress=False)
+    document["training"]["gradient_checkpointing"] = True
+    again = train(document, tmp_path / "again", progress=False)
     for name, weight in weights(plain.adapter).items():
         torch.testing.assert_close(weights(again.adapter)[name], weight, atol=1e-5, rtol=1e-4)
 
@@ -139,8 +142,8 @@ def test_the_settings_of_adamw_are_those_of_the_recipe(model: Path, tmp_path: Pa
         ({"model": {"quantization": "nf4"}, "adapter": {"method": "loha"}}, "loha does not work on a quantised base"),
         ({"model": {"quantization": "int4"}}, "int4"),
         ({"training": {"optimizer": "adamw"}}, "adamw"),
-        ({"training": {"adam_beta2": 1.0}}, "adam_beta2 is 1.0"),
-        ({"training": {"adam_epsilon": 0}}, "adam_epsilon is 0"),
+        ({"training": {"adam_beta2": 1.0}}, "adam_beta2"),
+        ({"training": {"adam_epsilon": 0}}, "adam_epsilon"),
     ],
 )
 def test_what_is_refused_is_refused_before_anything_is_written(

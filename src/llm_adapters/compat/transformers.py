@@ -64,3 +64,8 @@ def is_conv1d(module: "nn.Module") -> bool:
 def forget_adapters(model: "nn.Module") -> None:
     """Take back that the model says it has adapters, which transformers notes before it tries to add one."""
     vars(model).pop("_hf_peft_config_loaded", None)
+
+
+def recomputes_activations(model: "nn.Module") -> bool:
+    """Whether activations of `model` are computed again in the backward pass (activation checkpointing)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -15,6 +15,7 @@ from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
 from llm_adapters.evaluation.records import Journal, Record, score
 from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
+from llm_adapters.files import check_folder
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, load
 from llm_adapters.models.fingerprints import versions
@@ -74,6 +75,8 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise RequestError(f"{what}={value} is too small: give {least} or more.")
+    if output is not None:
+        check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
         loaded = load(run_or_model, adapter, dtype=dtype, device=device, quantization=quantization)
@@ -181,10 +184,7 @@ def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol
     if place is None:
         return None
     folder = RunFolder(place).evaluation(protocol)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"the results cannot be written to {str(folder)!r} ({error.strerror}).") from None
+    check_folder(folder, "the folder for the results")
     return folder
 
 

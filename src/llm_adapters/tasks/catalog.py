@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llm_adapters.documents import read_yaml
 from llm_adapters.errors import RequestError, first_line, unknown
 from llm_adapters.tasks import download, wordproblems
 from llm_adapters.tasks.answers import KINDS
@@ -248,16 +249,7 @@ def _check_limit(limit: int | None) -> None:
 
 def _read_task(path: Path) -> Task:
     """Task that a YAML file describes; its `file` is relative to the YAML's folder."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"the task file {str(path)!r} does not exist. Check the path.") from None
-    except RecursionError:
-        raise RequestError(f"{path} is not a YAML file that can be read: it is nested too deeply.") from None
-    except (yaml.YAMLError, OSError, ValueError) as error:  # a date that is none is a ValueError
-        raise RequestError(f"{path} is not a YAML file that can be read: {' '.join(str(error).split())}.") from None
+    document = read_yaml(path, "task file")
     if not isinstance(document, dict):
         raise RequestError(
             f"{path} must hold a task: lines such as `title: My task`, `kind: number`, `file: test.jsonl`."

@@ -16,7 +16,7 @@ import yaml
 from llm_adapters import methods
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
-from llm_adapters.files import write_json, write_text
+from llm_adapters.files import check_folder, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load_base, model_config
 from llm_adapters.models.quantization import Quantization, check_method, check_optimizer
 from llm_adapters.models.sources import quiet
@@ -127,7 +127,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     with quiet():
         started = time.monotonic()
         with FastPaths(model, recipe.training.fast_paths) as fast:
-            recorder, state = _fit(model, base, data, recipe, micro_batches, folder, resumes, progress, fast.packs)
+            recorder, state = _fit(model, base, data, recipe, micro_batches, folder, resumes, progress, fast)
         _check_finite(model)
         model.eval()
         seconds = time.monotonic() - started
@@ -174,10 +174,9 @@ def _check_output(run: RunFolder, recipe: Recipe) -> bool:
         RequestError: it holds anything else.
     """
     folder = run.path
+    check_folder(folder, "the output")
     if not folder.exists():
         return False
-    if not folder.is_dir():
-        raise RequestError(f"the output {str(folder)!r} is a file: name a folder")
     if not any(folder.iterdir()):
         return False
     if not run.config.is_file():
@@ -223,12 +222,13 @@ def _fit(
     folder: RunFolder,
     resumes: bool,
     progress: bool,
-    packed: bool,
+    fast_paths: FastPaths,
 ) -> tuple[Any, Any]:
     """Run Trainer; returns the recorder and Trainer's final state."""
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from llm_adapters.training.graphs import MicroBatchGraphs
     from llm_adapters.training.progress import TrainingProgress
     from llm_adapters.training.trainer import AdapterTrainer, Recorder, StopOnSignal
 
@@ -239,7 +239,7 @@ def _fit(
         args=arguments,
         data_collator=Collator(
             base.tokenizer.pad_token_id,
-            packed,
+            fast_paths.packs,
             micro_batches.start,
             recipe.training.micro_batch_size,
             base.device,
@@ -249,6 +249,7 @@ def _fit(
         eval_dataset=data.validation or None,
         callbacks=[stop],
     )
+    trainer.graphs = MicroBatchGraphs(model, fast_paths, on=recipe.training.cuda_graphs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if recipe.training.early_stopping:
@@ -264,6 +265,7 @@ def _fit(
     with display or contextlib.nullcontext(), stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_loss()
+    fast_paths.report["CUDA graphs"] = trainer.graphs.report
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint: "

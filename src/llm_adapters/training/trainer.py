@@ -1,26 +1,34 @@
 """transformers' Trainer with this project's loss, order of data and validation, and the callbacks of a run."""
 
 import contextlib
+import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_adapters.compat.trainer import StepTrainer
+from llm_adapters.compat.transformers import recomputes_activations
 from llm_adapters.errors import WorkError
+from llm_adapters.ops import dropout
 from llm_adapters.runs import RunFolder
 from llm_adapters.training import checkpoints
 from llm_adapters.training.collator import Collator, MicroBatch, Shuffle
-from llm_adapters.training.halving import RandomState, computing, until_it_fits
+from llm_adapters.training.graphs import MicroBatchGraphs
+from llm_adapters.training.halving import DoesNotFitError, RandomState, computing, until_it_fits
+from llm_adapters.training.memory import release_memory
 from llm_adapters.training.sizes import Sizes
+
+Result = TypeVar("Result")
 
 
 class AdapterTrainer(StepTrainer):
@@ -35,6 +43,8 @@ class AdapterTrainer(StepTrainer):
     """
 
     tokens_seen = 0  # by this process, no padding counted
+    graphs: MicroBatchGraphs | None = None  # of its micro-batches
+    _recomputes: bool | None = None  # activations, in the backward pass; known when Trainer has prepared the model
     _unchecked: "tuple[int, torch.Tensor, torch.cuda.Event] | None" = (
         None  # step, its loss on the host, when it is there
     )
@@ -65,10 +75,25 @@ class AdapterTrainer(StepTrainer):
             start.restore()
             model.zero_grad()
 
-        micro_batches, total = until_it_fits(compute, undo, self.sizes, step, self.accelerator.num_processes)
+        micro_batches, total = self._within_memory(compute, undo, step)
         self._check_later(total)
         self.tokens_seen += sum(micro.tokens for micro in micro_batches)
         return total
+
+    def _within_memory(self, compute: Callable[[], Result], undo: Callable[[], None], step: int) -> Result:
+        """`until_it_fits`; before anything is halved, the graphs give their memory back."""
+
+        def attempt() -> Result:
+            try:
+                return compute()
+            except DoesNotFitError:
+                if self.graphs is None or not self.graphs.release():
+                    raise
+            undo()
+            release_memory()
+            return compute()
+
+        return until_it_fits(attempt, undo, self.sizes, step, self.accelerator.num_processes)
 
     def _micro_batches(self, batch: dict[str, Any], step: int) -> list[MicroBatch]:
         """The micro-batches of a batch in the size of `step`, which may not be the one that it was collated in."""
@@ -82,18 +107,29 @@ class AdapterTrainer(StepTrainer):
         self, model: torch.nn.Module, micro_batches: list[MicroBatch], count: torch.Tensor | int
     ) -> torch.Tensor:
         """Add the gradients of all micro-batches; returns their loss."""
+        compute = functools.partial(self._compute, model)
         total = torch.zeros((), device=self.args.device)
+        if self.graphs is not None:
+            self.graphs.begin_step()
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with computing(micro), contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
-                    loss = model(**micro.arguments())["loss"] / count * self.accelerator.num_processes
-                # Backward functions are Python's own: a thread for them would only wait for this one.
-                with torch.autograd.set_multithreading_enabled(False):
-                    self.accelerator.backward(loss)
-            total += loss.detach()
+                loss = self.graphs.run(micro, count, compute) if self.graphs is not None else None
+                total += compute(micro.arguments(), count) if loss is None else loss
         return total
+
+    def _compute(self, model: torch.nn.Module, arguments: dict[str, Any], count: torch.Tensor | int) -> torch.Tensor:
+        """A micro-batch's share in the loss of the step, whose gradients are added."""
+        if self._recomputes is None:
+            self._recomputes = recomputes_activations(model)
+        seeds = contextlib.nullcontext() if self._recomputes else dropout.seeds_drawn_together()
+        with self.compute_loss_context_manager(), seeds:
+            # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
+            loss = model(**arguments)["loss"] / count * self.accelerator.num_processes
+        # Backward functions are Python's own: a thread for them would only wait for this one.
+        with torch.autograd.set_multithreading_enabled(False):
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _check_later(self, loss: torch.Tensor) -> None:
         """Check that a step's loss is finite; on a GPU when the next step has begun, so that the host never waits."""
@@ -150,7 +186,7 @@ class AdapterTrainer(StepTrainer):
             return total
 
         with torch.inference_mode():
-            total = until_it_fits(compute, lambda: None, self.sizes, step, self.accelerator.num_processes)
+            total = self._within_memory(compute, lambda: None, step)
         model.train(was_training)
         gathered = self.accelerator.reduce(total, "sum")
         metrics = {"eval_loss": (gathered[0] / gathered[1]).item()}
