@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -183,7 +184,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
+    """Flush the files in `folder` to disk; safetensors makes private ones, and the folder is to be shared."""
     for file in _files(folder):
+        file.chmod(stat.S_IMODE(file.stat().st_mode) | _shared_mode(0o666))
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 

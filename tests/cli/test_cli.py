@@ -280,3 +280,23 @@ def test_tables_say_what_the_documents_say(
 def test_an_html_page_needs_a_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(model), "--tasks", "wordproblems", "--html"]) == 2
     assert "give --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [80, 50, 30])
+def test_a_name_to_copy_stays_whole(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm_adapters.tasks.catalog import CATALOG
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["data", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"│ {name} " in shown for name in CATALOG)
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_adapters.cli import tables
+
+    tables.show("a [b] c [/red]", ("[bold]", "x"), [("[link=file:///etc]y[/]", "[/]")])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("a [b] c [/red]", "[bold]", "[link=file:///etc]y[/]", "[/]"))

@@ -47,6 +47,8 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown("quantization", self.kind, KINDS)
+        if not isinstance(self.double, bool):
+            raise RequestError(f"double_quantization is {self.double!r}: it must be true or false")
 
     @classmethod
     def of(cls, settings: "dict[str, Any]") -> "Quantization | None":

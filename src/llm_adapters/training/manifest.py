@@ -9,6 +9,7 @@ from typing import Any
 from llm_adapters.models import LoadedModel
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.tasks import leakage
+from llm_adapters.tasks.templates import clock
 from llm_adapters.training.data import TrainingData
 from llm_adapters.training.memory import peak_memory
 from llm_adapters.training.recipe import Recipe
@@ -69,6 +70,7 @@ def describe(
             "name": recipe.data.train,
             "fingerprint": data.fingerprint,
             "template": recipe.data.template,
+            "template_date": clock(recipe.data.template),
             "example": data.example,
             **data.counts(),
             **data.reading,
