@@ -141,6 +141,7 @@ def test_the_settings_of_adamw_are_those_of_the_recipe(model: Path, tmp_path: Pa
     [
         ({"model": {"quantization": "nf4"}, "adapter": {"method": "loha"}}, "loha does not work on a quantised base"),
         ({"model": {"quantization": "int4"}}, "int4"),
+        ({"model": {"dtype": "float16"}}, "float16.*train in bfloat16, or in float32"),
         ({"training": {"optimizer": "adamw"}}, "adamw"),
         ({"training": {"adam_beta2": 1.0}}, "adam_beta2"),
         ({"training": {"adam_epsilon": 0}}, "adam_epsilon"),

@@ -28,7 +28,8 @@ class ModelSettings:
 
     Attributes:
         name: a local folder, the short name smollm2-135m, or a hub id.
-        dtype: precision of the base; auto is bfloat16 where the hardware multiplies it natively, else float32.
+        dtype: precision of the base; auto is bfloat16 where the hardware multiplies it natively, else float32. float16
+            is for evaluation alone.
         device: where to train; auto takes an accelerator if there is one.
         quantization: store the frozen weights in fewer bits, nf4 (QLoRA) or int8; null for dtype, in which everything
             is computed in any case.
