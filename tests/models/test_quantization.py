@@ -103,7 +103,7 @@ def test_every_method_that_is_listed_exists() -> None:
 
 
 def test_another_kind_is_refused() -> None:
-    with pytest.raises(RequestError, match="unknown quantization 'nf5': choose one of (nf4, int8|int8, nf4)"):
+    with pytest.raises(RequestError, match=r"unknown quantization 'nf5': choose one of (nf4, int8|int8, nf4)"):
         Quantization("nf5")
 
 
