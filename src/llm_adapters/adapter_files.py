@@ -95,6 +95,14 @@ def read_base(folder: Path) -> str | None:
     return base or None
 
 
+def read_base_weights(folder: Path) -> str | None:
+    """Fingerprint of the weights that the adapter in `folder` was trained on; None where nothing says so."""
+    digest = read_note(folder).get("base_weights")
+    if not isinstance(digest, str | None):
+        raise RequestError(f"{str(folder / _NOTE)!r} has base_weights {digest!r}: it must be a fingerprint.")
+    return digest
+
+
 def write_note(folder: Path, template: str, **more: Any) -> None:
     """Write beside the adapter's weights which prompt template it was trained with, and `more`."""
     write_json(folder / _NOTE, {"template": template, **more})

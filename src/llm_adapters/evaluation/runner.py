@@ -22,6 +22,7 @@ from llm_adapters.files import check_folder, lock, refuse_links, remove_temporar
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
+from llm_adapters.models.untrained import check_trained
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
@@ -48,6 +49,8 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
 ) -> Evaluation:
     """Measure a run, an adapter on a base model, or a bare base model on `tasks`.
 
@@ -64,6 +67,9 @@ def evaluate(
 
     `check_invariance` N asks N questions of each task again, one at a time and in float32, and reports how many scores
     flip: what batching and the precision do to the score.
+
+    An adapter that does nothing is refused unless `allow_untrained`; one on a base model with other weights than those
+    that it was trained on, unless `allow_other_base`.
 
     Under torchrun the first process measures, and the others wait for it and return the same.
 
@@ -86,6 +92,8 @@ def evaluate(
             output,
             progress,
             check_invariance,
+            allow_untrained,
+            allow_other_base,
         )
     )
 
@@ -105,6 +113,8 @@ def _evaluate(
     output: str | os.PathLike[str] | None,
     progress: bool | None,
     check_invariance: int,
+    allow_untrained: bool,
+    allow_other_base: bool,
 ) -> Evaluation:
     rule = get_protocol(protocol)
     asked, new_tokens = rule.resolve(template, max_new_tokens)
@@ -121,11 +131,20 @@ def _evaluate(
         check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
-        loaded = load(run_or_model, adapter, dtype=dtype, device=device, quantization=quantization)
+        loaded = load(
+            run_or_model,
+            adapter,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            allow_other_base=allow_other_base,
+        )
     elif adapter is None:
         loaded = run_or_model
     else:
         raise RequestError("a loaded model has its adapter already: load it with the other adapter instead.")
+    if not allow_untrained:
+        check_trained(loaded.model, str(loaded.adapter))
     used, origin = _template(asked, rule, loaded)
     settings = _Settings(rule, used, new_tokens, batch_size)
     trained_on = _trained_on(loaded)
@@ -271,6 +290,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "fingerprint": loaded.fingerprint(),
             "adapter": str(loaded.adapter) if loaded.adapter else None,
             "adapter_fingerprint": loaded.adapter_fingerprint(),
+            "base_of_adapter": loaded.base_of_adapter,
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
@@ -401,9 +421,15 @@ def _in_float32(loaded: LoadedModel) -> LoadedModel:
     if loaded.dtype == torch.float32:
         return loaded
     device = str(loaded.device)
-    if loaded.run:
-        return load(loaded.run, dtype="float32", device=device, quantization=loaded.quantization)
-    return load(loaded.name, loaded.adapter, dtype="float32", device=device, quantization=loaded.quantization)
+    source, adapter = (loaded.run, None) if loaded.run else (loaded.name, loaded.adapter)
+    return load(
+        source,
+        adapter,
+        dtype="float32",
+        device=device,
+        quantization=loaded.quantization,
+        allow_other_base=True,
+    )
 
 
 def _ask_again(

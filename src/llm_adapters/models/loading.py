@@ -17,13 +17,14 @@ from llm_adapters.adapter_files import (
     adapter_weights,
     find_adapter,
     read_base,
+    read_base_weights,
     read_note,
     read_template,
 )
 from llm_adapters.errors import RequestError, first_line, some, unknown
 from llm_adapters.files import cache_folder
 from llm_adapters.models import fingerprints
-from llm_adapters.models.adapters import attach
+from llm_adapters.models.adapters import attach, doubts
 from llm_adapters.models.quantization import Quantization
 from llm_adapters.models.sources import explained, quiet, resolve, weight_files
 from llm_adapters.runs import RunFolder
@@ -57,6 +58,9 @@ class LoadedModel:
         template: prompt template that the adapter was trained with; None where nothing says so.
         run: the run folder, if one was loaded.
         quantization: how the base's weights are stored, where it is not in `dtype`.
+        base_of_adapter: whether the base is the one that the adapter was trained on: ``"the same"``, ``"another"`` or
+            ``"not known"``; None for a bare base model.
+        warnings: what a person should know of the adapter, each in a sentence.
     """
 
     model: "PreTrainedModel | PeftModel"
@@ -70,10 +74,16 @@ class LoadedModel:
     template: str | None = None
     run: Path | None = None
     quantization: Quantization | None = None
+    base_of_adapter: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """SHA-256 of the base model's weights and config (see `fingerprints.base_fingerprint`)."""
         return fingerprints.base_fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
+
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of the base model's weights alone (see `fingerprints.weights_fingerprint`)."""
+        return fingerprints.weights_fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
 
     def adapter_fingerprint(self) -> str | None:
         """SHA-256 of the adapter's weights and config, None for a bare base model."""
@@ -119,6 +129,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     quantization: Quantization | str | None = "auto",
+    allow_other_base: bool = False,
 ) -> LoadedModel:
     """A trained run, or a base model with or without an adapter folder, in eval mode.
 
@@ -130,10 +141,11 @@ def load(
         device: ``"auto"`` or a name of torch's.
         quantization: how to store the base's weights, ``"nf4"``, ``"int8"`` or None; with ``"auto"`` as an adapter was
             trained on them.
+        allow_other_base: load an adapter on a base model with other weights than those that it was trained on.
 
     Raises:
         RequestError: as in `load_base`, and where an adapter does not fit the model exactly: missing or unexpected
-            keys, another shape, values that are not finite.
+            keys, another shape, values that are not finite, other weights of the base than it was trained on.
     """
     name = _name(run_or_model)
     request = _load_request(name, Path(adapter).expanduser() if adapter is not None else None)
@@ -155,8 +167,31 @@ def load(
     loaded = _load_folder(request.base, source, path, kind, where, quantization)
     if request.adapter is None:
         return loaded
-    model = attach(loaded.model, request.adapter)
-    return dataclasses.replace(loaded, model=model, adapter=request.adapter, template=request.template, run=request.run)
+    loaded = dataclasses.replace(loaded, adapter=request.adapter, template=request.template, run=request.run)
+    loaded.base_of_adapter = _compare_base(loaded, allow_other_base)
+    loaded.model = attach(loaded.model, request.adapter)
+    loaded.warnings = tuple(doubts(loaded.model, request.adapter))
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    return loaded
+
+
+def _compare_base(loaded: LoadedModel, allow_other: bool) -> str:
+    """Compare the base's weights with those that the adapter was trained on, where something says which."""
+    assert loaded.adapter is not None
+    trained_on = read_base_weights(loaded.adapter)
+    if trained_on is None:
+        return "not known"
+    if trained_on == loaded.weights_fingerprint():
+        return "the same"
+    told = f"the adapter {str(loaded.adapter)!r} was trained on another base model than {loaded.name!r}"
+    if not allow_other:
+        raise RequestError(
+            f"{told}: the shapes are the same, the weights are not. Name its own base model, or allow this with "
+            "--allow-other-base (allow_other_base=True)."
+        )
+    logger.warning("%s", told)
+    return "another"
 
 
 def model_config(name: str | os.PathLike[str]) -> "PreTrainedConfig":
