@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,17 @@ from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
 from llm_adapters.evaluation.records import Journal, Record, score
-from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
+from llm_adapters.evaluation.results import TASK_NAME, Evaluation, TaskResult, summarise
+from llm_adapters.files import check_folder
 from llm_adapters.generation import generator as generation
-from llm_adapters.models import LoadedModel, load
+from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
 from llm_adapters.tasks.examples import Example, Task
-from llm_adapters.tasks.templates import encode_prompt, get_template, render_prompt
+from llm_adapters.tasks.templates import clock, encode_prompt, get_template, render_prompt
+from llm_adapters.tasks.tokens import longest_token
 
 SEEN_WARNING = 0.01  # the share of questions in the training data above which a score is called into question
 
@@ -72,6 +74,8 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise RequestError(f"{what}={value} is too small: give {least} or more.")
+    if output is not None:
+        check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
         loaded = load(run_or_model, adapter, dtype=dtype, device=device)
@@ -157,7 +161,7 @@ def load_questions(tasks: Sequence[str], limit: int | None = None) -> list[tuple
         raise RequestError("no tasks to evaluate on: name at least one, such as gsm8k.")
     rows = {row.name: (row, name) for name in names for row in [get(name)]}
     for row, _ in rows.values():
-        if not re.fullmatch(r"\w[\w.-]*", row.name):
+        if not TASK_NAME.fullmatch(row.name):
             raise RequestError(f"the task name {row.name!r} cannot name a file: use letters, digits, '-', '_' and '.'.")
         if row.split != "test":
             raise RequestError(f"{row.name!r} is a training set: evaluate on a test set.")
@@ -179,10 +183,7 @@ def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol
     if place is None:
         return None
     folder = RunFolder(place).evaluation(protocol)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"the results cannot be written to {str(folder)!r} ({error.strerror}).") from None
+    check_folder(folder, "the folder for the results")
     return folder
 
 
@@ -190,6 +191,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
     """Circumstances of the measurement: everything of the summary but the numbers."""
     import torch
 
+    date = {"date": told} if (told := clock(settings.template)) else {}
     return {
         "model": {
             "name": loaded.name,
@@ -200,7 +202,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
-        "template": {"name": settings.template, "origin": origin},
+        "template": {"name": settings.template, "origin": origin, **date},
         "precision": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
@@ -218,10 +220,16 @@ def _prepare(
     """Render and encode; raises `RequestError` where the model cannot take the prompts."""
     texts = [example.question for example in examples]
     seen = leakage.seen(trained_on, texts) if trained_on else [False] * len(texts)
+    most = 2 * (context_length(loaded.model) or sys.maxsize) * longest_token(loaded.tokenizer)
     questions = []
     for index, (example, known) in enumerate(zip(examples, seen, strict=True)):
-        prompt = render_prompt(settings.template, example.question, example.input, tokenizer=loaded.tokenizer)
-        ids = encode_prompt(loaded.tokenizer, prompt, template=settings.template)
+        prompt = render_prompt(
+            settings.template, example.question, example.input, tokenizer=loaded.tokenizer, history=example.history
+        )
+        # A prompt that is too long in any case is skipped: its length need not be known.
+        ids = encode_prompt(
+            loaded.tokenizer, prompt[:most] if len(prompt) > most else prompt, template=settings.template
+        )
         questions.append(_Question(index, example, prompt, ids, bool(known)))
     generation.check_prompts(loaded.model, [question.ids for question in questions], settings.max_new_tokens)
     return _Work(task.name, task.kind, questions)
@@ -256,7 +264,7 @@ def _measure(
     total_seconds = 0.0
     bar.task(task.name, len(task.questions))
     for kept, seconds in journal.resume():
-        question = task.questions[kept.index] if kept.index < len(task.questions) else None
+        question = task.questions[kept.index] if 0 <= kept.index < len(task.questions) else None
         if question and kept.prompt == question.prompt:
             # How it is judged may have changed since; what the model wrote has not.
             record = dataclasses.replace(kept, label=question.example.answer, seen=question.seen)

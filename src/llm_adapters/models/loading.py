@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights, find_adapter, read_template
+from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights, find_adapter, read_base, read_template
 from llm_adapters.errors import RequestError, first_line, some, unknown
-from llm_adapters.files import cache_folder, read_json
+from llm_adapters.files import cache_folder
 from llm_adapters.models import fingerprints
 from llm_adapters.models.adapters import attach
 from llm_adapters.models.sources import explained, quiet, resolve, weight_files
@@ -247,8 +247,8 @@ def _load_request(name: str, adapter: Path | None) -> _LoadRequest:
     if RunFolder(folder).is_run:
         request = _run_request(RunFolder(folder))
     elif (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if not base:
+        base = read_base(folder)
+        if base is None:
             raise RequestError(f"the adapter {name!r} does not say what its base model is: name the model as well.")
         request = _LoadRequest(base, folder, read_template(folder))
     elif adapter is None:

@@ -34,7 +34,7 @@ def packed_attention(
     num_heads, num_kv_heads = len(query), len(key)
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     index = pack.varlen
-    if pack.prefix:
+    if pack.shares_prefix:
         key, value = (part.index_select(0, index.key_index) for part in (key, value))
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if num_heads != num_kv_heads:
