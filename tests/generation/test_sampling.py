@@ -1,4 +1,4 @@
-"""Sampled answers: the same in any company, in any order, by the engine and by transformers, of the right distribution."""
+"""Sampled answers: the same in any company and order, by the engine and by transformers; the right distribution."""
 
 import random
 from collections import Counter
