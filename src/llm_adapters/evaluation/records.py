@@ -15,7 +15,9 @@ from llm_adapters.tasks.answers import extract, is_correct
 from llm_adapters.tasks.templates import get_template
 
 
-def score(output: str, label: str, kind: str, *, template: str, protocol: Protocol) -> tuple[float | str | None, bool]:
+def score(
+    output: str, label: str, kind: str, *, template: str, protocol: Protocol, language: str = ""
+) -> tuple[float | str | None, bool]:
     """Answer in what was generated after a prompt, and its comparison with the gold label.
 
     This is the one place where an output is scored. A protocol that fixes a template reads a response to that
@@ -27,13 +29,14 @@ def score(output: str, label: str, kind: str, *, template: str, protocol: Protoc
         kind: the kind of answer.
         template: the template of the prompt.
         protocol: says how the answer is read.
+        language: of the data, where it is known.
 
     Returns:
         The answer (None where there is none), and True where it is the right one.
     """
     stop = get_template(protocol.template or template).stop
-    answer = extract(output, kind, protocol.extraction, stop)
-    return answer, is_correct(answer, label, kind)
+    answer = extract(output, kind, protocol.extraction, stop, language)
+    return answer, is_correct(answer, label, kind, protocol.extraction, language)
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,18 @@ class Record:
     skipped: bool = False
     seen: bool = False
 
-    def rescored(self, kind: str, *, template: str, protocol: Protocol) -> "Record":
+    def rescored(self, kind: str, *, template: str, protocol: Protocol, language: str = "") -> "Record":
         """Same output, scored again.
 
         Args:
             kind: the kind of answer.
             template: the template of the prompt.
             protocol: says how the answer is read.
+            language: of the data, where it is known.
         """
-        extracted, correct = score(self.output, self.label, kind, template=template, protocol=protocol)
+        extracted, correct = score(
+            self.output, self.label, kind, template=template, protocol=protocol, language=language
+        )
         return dataclasses.replace(self, extracted=extracted, correct=correct)
 
 

@@ -40,6 +40,7 @@ class TaskResult:
         seen: questions that are in the training data; None where that is not known.
         unseen: the score of the others alone.
         invariance: what `check_invariance` found.
+        language: the language of the data, where the task names one: it decides how answers are read.
     """
 
     accuracy: float
@@ -56,6 +57,7 @@ class TaskResult:
     seen: int | None = None
     unseen: dict[str, Any] | None = None
     invariance: dict[str, Any] | None = None
+    language: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -113,13 +115,14 @@ class Evaluation:
         self.folder = folder
 
 
-def summarise(records: Sequence[Record], kind: str, leakage_known: bool = False) -> TaskResult:
+def summarise(records: Sequence[Record], kind: str, leakage_known: bool = False, language: str = "") -> TaskResult:
     """The score of `records`, of answers of `kind`, without what they cost."""
     correct = sum(record.correct for record in records)
     unseen = [record.correct for record in records if not record.seen]
     return TaskResult(
         **_score(correct, len(records)),
         kind=kind,
+        language=language,
         unanswered=sum(record.extracted is None for record in records),
         unfinished=sum(not (record.finished or record.skipped) for record in records),
         skipped=sum(record.skipped for record in records),
@@ -214,8 +217,12 @@ def rescore(folder: Path, protocol: str) -> Evaluation:
     template = old.about["template"]["name"]
     tasks, records = {}, {}
     for name, result in old.tasks.items():
-        records[name] = [record.rescored(result.kind, template=template, protocol=rule) for record in old.records[name]]
-        score = summarise(records[name], result.kind, leakage_known=result.seen is not None)
+        language = result.language
+        records[name] = [
+            record.rescored(result.kind, template=template, protocol=rule, language=language)
+            for record in old.records[name]
+        ]
+        score = summarise(records[name], result.kind, leakage_known=result.seen is not None, language=language)
         tasks[name] = dataclasses.replace(score, seconds=result.seconds, batch_size=result.batch_size)
     about = old.about | {
         "rescored": f"answers read as the protocol {protocol!r} does; prompts and outputs as they were"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_adapters.adapter_files import adapter_weights, read_base, read_weights
 from llm_adapters.errors import RequestError, first_line, some
+from llm_adapters.models.insertion import LOADED, check_memory, check_patterns
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,8 @@ def attach(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     read_base(folder)
     with _refusing(folder, "cannot be read"):
         config = PeftConfig.from_pretrained(str(folder))
+    check_patterns(model, config)
+    check_memory(model, config, LOADED)
     weights = read_weights(folder)
     misfit = f"does not fit the model {model.name_or_path!r}"
     with _refusing(folder, misfit, weights), warnings.catch_warnings():

@@ -14,6 +14,7 @@ from llm_adapters.documents import read_yaml
 from llm_adapters.errors import RequestError, first_line, unknown
 from llm_adapters.tasks import download, wordproblems
 from llm_adapters.tasks.answers import KINDS
+from llm_adapters.tasks.answers.languages import LANGUAGES
 from llm_adapters.tasks.columns import FIELDS, FORMATS, load_file
 from llm_adapters.tasks.examples import Example, Task
 
@@ -264,10 +265,13 @@ def _read_task(path: Path) -> Task:
             raise RequestError(f"{path}: {unknown('key', key, keys)}")
         if key not in ("columns", "size") and not isinstance(value, str):
             raise RequestError(f"{path}: {key} must be a text, not {value!r}.")
+    if str(values["name"]).casefold() in CATALOG:
+        raise RequestError(f"{path}: the catalogue has a task {values['name']!r}: give this one another `name`.")
     if "kind" not in values:
         raise RequestError(f"{path} does not say what an answer is: add `kind`, one of {', '.join(KINDS)}.")
-    for key, allowed in (("kind", KINDS), ("split", SPLITS), ("format", FORMATS)):
-        if values[key] not in allowed:
+    allowed_values = (("kind", KINDS), ("split", SPLITS), ("format", FORMATS), ("language", LANGUAGES))
+    for key, allowed in allowed_values:
+        if key in values and values[key] not in allowed:
             raise RequestError(f"{path}: {unknown(key, values[key], allowed)}")
     if not isinstance(values.get("size"), int | None):
         raise RequestError(f"{path}: size must be a whole number, not {values['size']!r}.")

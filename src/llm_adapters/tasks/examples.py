@@ -109,6 +109,8 @@ class Task:
         file: a person's own file.
         columns: maps the fields of `Example` to the file's names.
         format: one of `llm_adapters.tasks.columns.FORMATS`.
+        language: the language of questions and answers (one of `llm_adapters.tasks.answers.languages.LANGUAGES`), which
+            says how numbers are written; empty where only an answer's own words tell.
         licence: the licence of the data.
         description: one line on what is in it.
     """
@@ -127,6 +129,7 @@ class Task:
     file: str = ""
     columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     format: str = "plain"
+    language: str = ""
     licence: str = ""
     description: str = ""
 

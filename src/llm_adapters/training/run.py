@@ -17,6 +17,7 @@ from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import check_folder, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load_base, model_config
+from llm_adapters.models.insertion import insert
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
@@ -99,7 +100,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
-    model = _insert(base.model, config)
+    model = insert(base.model, config)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
@@ -193,17 +194,6 @@ def _is_of(run: RunFolder, recipe: Recipe) -> bool:
     except RequestError:
         return False
     return before == recipe.resolved(**before.to_dict())
-
-
-def _insert(model: Any, config: Any) -> "PeftModel":
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"the adapter does not fit the model: {error}") from error
 
 
 def _fit(
