@@ -23,6 +23,11 @@ def evaluate(
     device: str = "auto",
     output: Path | None = None,
     check_invariance: int = 0,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
     html: bool = False,
     json: bool = False,
 ) -> None:
@@ -42,6 +47,11 @@ def evaluate(
         device: the device to run on; auto takes an accelerator if there is one.
         output: the folder for records and summary; a run's own folder if not given.
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
+        samples: answers to each question, for pass@k and their majority vote; needs a temperature.
+        temperature: 0 takes the most probable token; above 0, tokens are drawn, the more evenly the higher it is.
+        top_p: draw from the most probable tokens that together have this probability.
+        top_k: draw from so many most probable tokens; 0 for all.
+        seed: of the random numbers: the same seed gives the same answers.
         html: write errors.html beside the records, a page to read questions, outputs and answers in.
         json: print the result as one JSON document on stdout.
     """
@@ -71,6 +81,11 @@ def evaluate(
         device=device,
         output=output,
         check_invariance=check_invariance,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
     )
     if html and result.folder:
         write_report(result.folder)
