@@ -18,6 +18,7 @@ from llm_adapters.errors import RequestError, some
 from llm_adapters.tasks import conversations, options
 from llm_adapters.tasks.examples import Example, Examples
 from llm_adapters.tasks.files import check_file, column_names, read_rows
+from llm_adapters.tasks.progress import counted
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class _Reader:
         watched = [name for name in self.layout.unused if name not in self.layout.declared]
         if "response" not in self.needed:
             watched = [name for name in watched if _fold(name) in _OF_THE_QUESTION] if "answer" in self.needed else []
-        for where, row in read_rows(self.file):
+        for where, row in counted(read_rows(self.file), f"reading {self.file}"):
             example = self._example(where, row)
             for name in watched:
                 if not _empty(value := row.get(name)):

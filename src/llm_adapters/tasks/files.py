@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_adapters.errors import RequestError, first_line
+from llm_adapters.tasks.progress import counted
 
 Row = tuple[str, dict[str, Any]]  # its position ("line 3"), and its columns
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -93,7 +94,7 @@ def column_names(file: Path) -> list[str]:
     """
     names: dict[str, None] = {}
     empty = True
-    for _, row in read_rows(file):
+    for _, row in counted(read_rows(file), f"looking through {file}"):
         empty = False
         names.update(dict.fromkeys(row))
     if empty:

@@ -107,7 +107,9 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     processes = _Processes(base.device.type == "cpu")
     tokens: Any = recipe.training.micro_batch_tokens
     if tokens == "auto":
-        tokens = processes.agree(sizes.choose(model, base.device, recipe.training.gradient_checkpointing))
+        checkpointing = recipe.training.gradient_checkpointing
+        graphs = recipe.training.cuda_graphs and base.device.type == "cuda" and not checkpointing
+        tokens = processes.agree(sizes.choose(model, base.device, checkpointing, graphs))
     processes.wait()  # nobody writes before all have looked at the folder
     # What is not in a recipe's text but decides the result: what "auto" came to.
     recipe = recipe.resolved(
