@@ -159,7 +159,7 @@ def tensors(file: str, change: Callable[[dict[str, Any], random.Random], Any], s
 
 def _some(change: Callable[[Any], Any]) -> Callable[[dict[str, Any], random.Random], None]:
     def all_of_one(weights: dict[str, Any], rng: random.Random) -> None:
-        name = rng.choice(sorted(weights))
+        name = rng.choice(sorted(name for name, tensor in weights.items() if tensor.dim() > 1))
         weights[name] = change(weights[name])
 
     return all_of_one
@@ -177,7 +177,7 @@ def _wrong_tensors() -> dict[str, Callable[[dict[str, Any], random.Random], Any]
         "another shape": _some(lambda t: torch.cat([t, t])),
         "flat": _some(lambda t: t.reshape(-1)),
         "nothing": _some(lambda t: t[:0]),
-        "one missing": lambda w, rng: w.pop(rng.choice(sorted(w))) and None,
+        "one missing": lambda w, rng: dict(rng.sample(sorted(w.items()), len(w) - 1)),
         "one more": lambda w, rng: w.update(more=torch.zeros(3)),
         "other names": lambda w, rng: {f"x.{name}": tensor for name, tensor in w.items()},
         "none at all": lambda w, rng: w.clear(),
