@@ -276,6 +276,29 @@ def check_folder(path: str | os.PathLike[str], what: str) -> None:
         raise RequestError(f"{what} {name} cannot be a folder ({reason}). Name another") from None
 
 
+def load_json(text: str, constants: bool = False) -> Any:
+    """Value of a JSON document.
+
+    Args:
+        text: the document.
+        constants: take NaN and infinity, which are not JSON but stand in configs.
+
+    Raises:
+        ValueError: it is not JSON, nested too deeply, or has a number of too many digits or half a character.
+    """
+    try:
+        document = json.loads(text, parse_constant=float if constants else _no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower():  # half of a character, unless the other half follows, can be written nowhere
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read the JSON object in `file`.
 
@@ -283,8 +306,8 @@ def read_json(file: Path) -> dict[str, Any]:
         RequestError: the file is missing, cannot be read or holds something else.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        document = load_json(file.read_text(encoding="utf-8"), constants=True)
+    except (OSError, ValueError) as error:
         raise RequestError(f"{shortened(str(file))!r} cannot be read ({first_line(error)}).") from None
     if not isinstance(document, dict):
         raise RequestError(f"{str(file)!r} does not hold a JSON object.")

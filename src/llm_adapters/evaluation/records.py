@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_adapters.documents import load_json, typed
+from llm_adapters.documents import typed
 from llm_adapters.errors import RequestError, first_line
 from llm_adapters.evaluation.protocols import Protocol
 from llm_adapters.evaluation.samples import Sample, vote
-from llm_adapters.files import append, write_text
+from llm_adapters.files import append, load_json, write_text
 from llm_adapters.tasks.answers import extract, is_correct
 from llm_adapters.tasks.templates import get_template
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from llm_adapters.bottleneck.wrapper import Tap
 from llm_adapters.compat.transformers import recomputes_activations
 from llm_adapters.fast_paths import ON, FastPaths, trial
 from llm_adapters.ops.packing import Pack
@@ -75,9 +76,12 @@ class CudaCapture:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """See `Capture`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        finally:  # torch leaves the stream of a capture that failed in its place
+            torch.cuda.set_stream(current)
         return graph.replay
 
 
@@ -247,10 +251,15 @@ def unsupported_reason(fast_paths: FastPaths, device: torch.device | None) -> st
         return "the model is on several devices"
     if trial.has_experts(base):
         return "a router chooses which modules compute a token"
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if any(getattr(module, kind) for module in base.modules() for kind in hooks):
+    # A replay calls none, and one that is not ours may do more than hand on a tensor.
+    if any(not isinstance(hook, Tap) for module in base.modules() for hook in _hooks(module)):
         return "a module has hooks"
     return None
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, kind).values()
 
 
 def _unrounded_reason(fast_paths: FastPaths) -> str | None:
