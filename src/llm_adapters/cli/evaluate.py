@@ -24,6 +24,8 @@ def evaluate(
     device: str = "auto",
     output: Path | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
     samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -48,6 +50,8 @@ def evaluate(
         device: the device to run on; auto takes an accelerator if there is one.
         output: the folder for records and summary; a run's own folder if not given.
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
+        allow_untrained: measure an adapter that does nothing, too.
+        allow_other_base: measure an adapter on other weights than those that it was trained on, too.
         samples: answers to each question, for pass@k and their majority vote; needs a temperature.
         temperature: 0 takes the most probable token; above 0, tokens are drawn, the more evenly the higher it is.
         top_p: draw from the most probable tokens that together have this probability.
@@ -82,6 +86,8 @@ def evaluate(
         device=device,
         output=output,
         check_invariance=check_invariance,
+        allow_untrained=allow_untrained,
+        allow_other_base=allow_other_base,
         samples=samples,
         temperature=temperature,
         top_p=top_p,

@@ -24,6 +24,7 @@ from llm_adapters.generation import generator as generation
 from llm_adapters.generation.sampling_params import SamplingParams
 from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
+from llm_adapters.models.untrained import check_trained
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
@@ -49,6 +50,8 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
     samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -69,6 +72,9 @@ def evaluate(
 
     `check_invariance` N asks N questions of each task again, one at a time and in float32, and reports how many scores
     flip: what batching and the precision do to the score.
+
+    An adapter that does nothing is refused unless `allow_untrained`; one on a base model with other weights than those
+    that it was trained on, unless `allow_other_base`.
 
     A `temperature` above 0 samples, `samples` answers to each question, from the `top_k` most probable tokens (0: all)
     that together have the probability `top_p`. The accuracy is then that of their majority vote, and pass@k stands
@@ -94,6 +100,8 @@ def evaluate(
             output,
             progress,
             check_invariance,
+            allow_untrained,
+            allow_other_base,
             SamplingParams(temperature, top_p, top_k, samples, seed),
         )
     )
@@ -113,6 +121,8 @@ def _evaluate(
     output: str | os.PathLike[str] | None,
     progress: bool | None,
     check_invariance: int,
+    allow_untrained: bool,
+    allow_other_base: bool,
     sampling: SamplingParams,
 ) -> Evaluation:
     rule = get_protocol(protocol)
@@ -135,11 +145,13 @@ def _evaluate(
         check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
-        loaded = load(run_or_model, adapter, dtype=dtype, device=device)
+        loaded = load(run_or_model, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base)
     elif adapter is None:
         loaded = run_or_model
     else:
         raise RequestError("a loaded model has its adapter already: load it with the other adapter instead.")
+    if not allow_untrained:
+        check_trained(loaded.model, str(loaded.adapter))
     used, origin = _template(asked, rule, loaded)
     settings = _Settings(rule, used, new_tokens, batch_size, sampling)
     trained_on = _trained_on(loaded)
@@ -287,6 +299,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "fingerprint": loaded.fingerprint(),
             "adapter": str(loaded.adapter) if loaded.adapter else None,
             "adapter_fingerprint": loaded.adapter_fingerprint(),
+            "base_of_adapter": loaded.base_of_adapter,
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
@@ -424,8 +437,8 @@ def _in_float32(loaded: LoadedModel) -> LoadedModel:
         return loaded
     device = str(loaded.device)
     if loaded.run:
-        return load(loaded.run, dtype="float32", device=device)
-    return load(loaded.name, loaded.adapter, dtype="float32", device=device)
+        return load(loaded.run, dtype="float32", device=device, allow_other_base=True)
+    return load(loaded.name, loaded.adapter, dtype="float32", device=device, allow_other_base=True)
 
 
 def _ask_again(

@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights, find_adapter, read_base, read_template
+from llm_adapters.adapter_files import (
+    ADAPTER_CONFIG,
+    adapter_weights,
+    find_adapter,
+    read_base,
+    read_base_weights,
+    read_template,
+)
 from llm_adapters.errors import RequestError, first_line, some, unknown
 from llm_adapters.files import cache_folder
 from llm_adapters.models import fingerprints
-from llm_adapters.models.adapters import attach
+from llm_adapters.models.adapters import attach, doubts
 from llm_adapters.models.sources import explained, quiet, resolve, weight_files
 from llm_adapters.runs import RunFolder
 
@@ -48,6 +55,9 @@ class LoadedModel:
         adapter: folder of the adapter; None for a bare base model.
         template: prompt template that the adapter was trained with; None where nothing says so.
         run: the run folder, if one was loaded.
+        base_of_adapter: whether the base is the one that the adapter was trained on: ``"the same"``, ``"another"`` or
+            ``"not known"``; None for a bare base model.
+        warnings: what a person should know of the adapter, each in a sentence.
     """
 
     model: "PreTrainedModel | PeftModel"
@@ -60,10 +70,16 @@ class LoadedModel:
     adapter: Path | None = None
     template: str | None = None
     run: Path | None = None
+    base_of_adapter: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """SHA-256 of the base model's weights and config (see `fingerprints.base_fingerprint`)."""
         return fingerprints.base_fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
+
+    def weights_fingerprint(self) -> str:
+        """SHA-256 of the base model's weights alone (see `fingerprints.weights_fingerprint`)."""
+        return fingerprints.weights_fingerprint(self.path, memory=cache_folder("models") / "fingerprints.json")
 
     def adapter_fingerprint(self) -> str | None:
         """SHA-256 of the adapter's weights and config, None for a bare base model."""
@@ -100,6 +116,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    allow_other_base: bool = False,
 ) -> LoadedModel:
     """A trained run, or a base model with or without an adapter folder, in eval mode.
 
@@ -109,10 +126,11 @@ def load(
         adapter: only with the latter: an adapter folder in PEFT's format, or a run folder whose adapter is meant.
         dtype: as in `load_base`; with ``"auto"`` a run is loaded in the precision that its config names.
         device: ``"auto"`` or a name of torch's.
+        allow_other_base: load an adapter on a base model with other weights than those that it was trained on.
 
     Raises:
         RequestError: as in `load_base`, and where an adapter does not fit the model exactly: missing or unexpected
-            keys, another shape, values that are not finite.
+            keys, another shape, values that are not finite, other weights of the base than it was trained on.
     """
     name = _name(run_or_model)
     request = _load_request(name, Path(adapter).expanduser() if adapter is not None else None)
@@ -128,8 +146,31 @@ def load(
     loaded = _load_folder(request.base, source, path, kind, where)
     if request.adapter is None:
         return loaded
-    model = attach(loaded.model, request.adapter)
-    return dataclasses.replace(loaded, model=model, adapter=request.adapter, template=request.template, run=request.run)
+    loaded = dataclasses.replace(loaded, adapter=request.adapter, template=request.template, run=request.run)
+    loaded.base_of_adapter = _compare_base(loaded, allow_other_base)
+    loaded.model = attach(loaded.model, request.adapter)
+    loaded.warnings = tuple(doubts(loaded.model, request.adapter))
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    return loaded
+
+
+def _compare_base(loaded: LoadedModel, allow_other: bool) -> str:
+    """Compare the base's weights with those that the adapter was trained on, where something says which."""
+    assert loaded.adapter is not None
+    trained_on = read_base_weights(loaded.adapter)
+    if trained_on is None:
+        return "not known"
+    if trained_on == loaded.weights_fingerprint():
+        return "the same"
+    told = f"the adapter {str(loaded.adapter)!r} was trained on another base model than {loaded.name!r}"
+    if not allow_other:
+        raise RequestError(
+            f"{told}: the shapes are the same, the weights are not. Name its own base model, or allow this with "
+            "--allow-other-base (allow_other_base=True)."
+        )
+    logger.warning("%s", told)
+    return "another"
 
 
 def model_config(name: str | os.PathLike[str]) -> "PreTrainedConfig":

@@ -56,8 +56,10 @@ class DataSettings:
     """The data that it is trained on.
 
     Attributes:
-        train: a training set of the catalogue (see `llm-adapters data list`) or a .json, .jsonl, .csv or .parquet file.
-        columns: for a file, which column holds question, input, response and answer; null finds the usual names.
+        train: a training set of the catalogue (see `llm-adapters data list`) or a .json, .jsonl, .csv, .tsv or .parquet
+            file.
+        columns: for a file, which column holds question, input, response, answer, system, history, messages and
+            choices; a column for which null is given is not used. Without a map the usual names are found.
         limit: use so many examples, the first that fit after shuffling with the seed; null for all.
         validation: hold out this many examples, or this share if below 1, to measure the loss on.
         template: the prompt template; it travels with the adapter.

@@ -152,7 +152,9 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
     base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
-    data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
+    embeddings = base.model.get_input_embeddings().weight.shape[0]
+    seed, context = recipe.training.seed, context_length(base.model)
+    data = prepare(examples, base.tokenizer, recipe.data, seed, context, embeddings)
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
     model = insert(base.model, config)
@@ -185,7 +187,7 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
             made = manifest.describe(
                 recipe, base, model, data, recorder, state, seconds, fast.report, begun, micro_batches.to_dict()
             )
-            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template, base.weights_fingerprint())
             write_json(folder.manifest, made)  # last: its presence says that the run is finished
             checkpoints.prune(folder)
             return made, recorder.losses
