@@ -71,7 +71,7 @@ def evaluate(
     if html and not (run or output):
         raise RequestError("--html needs a folder for the page: give --output")
 
-    from llm_adapters import evaluation
+    from llm_adapters import evaluation, processes
     from llm_adapters.cli import tables
     from llm_adapters.evaluation.report import write_report
 
@@ -97,8 +97,8 @@ def evaluate(
         top_k=top_k,
         seed=seed,
     )
-    if html and result.folder:
-        write_report(result.folder)
+    if html and (folder := result.folder):
+        processes.once(lambda: write_report(folder))
     if json:
         tables.print_json(result.to_dict())
     else:
