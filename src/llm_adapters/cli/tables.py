@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_adapters.errors import harmless
+
 if TYPE_CHECKING:
     from llm_adapters.evaluation import Evaluation, TaskResult
     from llm_adapters.evaluation.statistics import Spread
@@ -34,19 +36,24 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     from rich.text import Text
 
     # Names are shown as they are: what looks like markup in them is none.
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(harmless(title)), title_justify="left")
     for number, column in enumerate(columns):
         whole = not number and len(columns) > 2  # a name to copy: the others give way
         table.add_column(Text(column), justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(harmless(cell)) for cell in row))
     Console().print(table)
 
 
 def score(result: "TaskResult") -> str:
     """``"31.0 % (26-36)"``: accuracy with its 95 % interval."""
-    low, high = result.interval
-    return f"{100 * result.accuracy:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+    return percent(result.accuracy, result.interval)
+
+
+def percent(accuracy: float, interval: Sequence[float]) -> str:
+    """``"31.0 % (26-36)"``: a share and its interval."""
+    low, high = interval
+    return f"{100 * accuracy:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def size(count: float) -> str:
@@ -88,13 +95,30 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         for name, result in evaluation.tasks.items()
     ]
     title = f"{about['model']['name']}, {about['precision']}, prompt {about['template']['name']}"
-    show(title, ("task", "accuracy (95 %)", "correct", "no answer", "cut off", "tokens/s"), rows)
+    sampled = any(result.sampled for result in evaluation.tasks.values())
+    accuracy = "majority vote (95 %)" if sampled else "accuracy (95 %)"
+    show(title, ("task", accuracy, "correct", "no answer", "cut off", "tokens/s"), rows)
+    if sampled:
+        show_sampled(evaluation)
     for name, result in evaluation.tasks.items():
         if result.unseen and result.seen:
             share = 100 * result.unseen["accuracy"]
             print(f"{name}: {result.seen} questions were in the training data; without them {share:.1f} %")
     if evaluation.folder:
         print(f"records: {evaluation.folder}")
+
+
+def show_sampled(evaluation: "Evaluation") -> None:
+    """Print pass@k and majority vote of every task."""
+    rows, columns = [], []
+    for name, result in evaluation.tasks.items():
+        scores = {key: value for key, value in (result.sampled or {}).items() if key != "samples"}
+        rows.append((name, *(percent(value["accuracy"], value["interval"]) for value in scores.values())))
+        columns = ["task", *scores]
+    said = evaluation.about["sampling"]
+    title = f"{said['n']} samples, temperature {said['temperature']:g}"
+    title += f", top-p {said['top_p']:g}" * (said["top_p"] < 1) + f", top-k {said['top_k']}" * (said["top_k"] > 0)
+    show(f"{title}, seed {said['seed']} (95 %)", columns, rows)
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:
@@ -106,7 +130,7 @@ def show_comparison(comparison: dict[str, Any]) -> None:
         columns = ["task", *(k.replace("_", " ") for k in c if k != "flipped")]
     for name, task in comparison.items():  # first: there may be hundreds, and the table is what is looked for
         for flip in task.flips:
-            print(f"{name} {flip.index}: {'gained' if flip.gained else 'lost'}  {flip.question[:90]}")
+            print(f"{name} {flip.index}: {'gained' if flip.gained else 'lost'}  {harmless(flip.question[:90])}")
     show("paired comparison", columns, rows)
 
 
@@ -164,4 +188,4 @@ def show_contamination(train: str, report: dict[str, dict[str, Any]], repeated: 
             for example in [e for e in r["examples"] if e["kind"] == kind][:1]:
                 print(f"\n{name}, {kind} ({example['similarity']:.2f})")
                 for side in ("test", "train"):
-                    print(f"  {side + ':':<6} {' '.join(example[side].split())[:200]}")
+                    print(f"  {side + ':':<6} {harmless(' '.join(example[side].split())[:200])}")
