@@ -30,7 +30,8 @@ def check_labels(task: Task, examples: Sequence[Example]) -> list[str]:
         RequestError: that holds for all of them, so that the score could say nothing.
     """
     notes = []
-    unreadable = _named(example for example in enumerate(examples, 1) if not _readable(task, example[1]))
+    numbered = list(enumerate(examples, 1))
+    unreadable = _named(pair for pair in numbered if not _readable(task, pair[1]))
     if unreadable:
         what = (
             f"{task.name}: {len(unreadable)} of {len(examples)} gold labels are {_ARE[task.kind]}: {some(unreadable)}"
@@ -39,17 +40,18 @@ def check_labels(task: Task, examples: Sequence[Example]) -> list[str]:
             raise RequestError(f"{what}. No answer can equal them: correct the labels, or the task's `kind`.")
         notes.append(f"{what}. No answer can equal them, and they count as wrong.")
     if task.kind in ("letter", "option"):
-        unnamed = _named(
-            example for example in enumerate(examples, 1) if _readable(task, example[1]) and not _shows(example[1], task.kind)
-        )
+        unnamed = _named(pair for pair in numbered if _readable(task, pair[1]) and not _shows(pair[1], task.kind))
         if unnamed:
-            what = f"{task.name}: {len(unnamed)} of {len(examples)} questions do not name the {task.kind} that is their answer"
+            what = (
+                f"{task.name}: {len(unnamed)} of {len(examples)} questions do not name the {task.kind} that is their "
+                f"answer: {some(unnamed)}"
+            )
             if len(unnamed) == len(examples):
                 raise RequestError(
                     f"{what}. Are the options in another column? Name it in the task file: "
                     "`columns: {choices: COLUMN}`."
                 )
-            notes.append(f"{what}: {some(unnamed)}.")
+            notes.append(f"{what}.")
     return notes
 
 
