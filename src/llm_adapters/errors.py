@@ -1,5 +1,8 @@
-"""The ways a run can end badly, told apart because the command line's exit code depends on it; parts of messages."""
+"""The ways a run can end badly, told apart by the command line's exit code; what the system says; parts of messages."""
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -26,16 +29,84 @@ def unknown(kind: str, value: object, allowed: object, hint: str = "") -> Reques
     """
     import difflib
 
-    names = sorted(str(name) for name in allowed)  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(str(value), names, n=1)
+    said = shortened(str(value), 60)
+    names = sorted({str(name) for name in allowed})  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(said, names, n=3)
     suggestion = f" Did you mean {close[0]!r}?" if close else ""
-    return RequestError(f"unknown {kind} {str(value)!r}: choose one of {', '.join(names)}.{suggestion}{hint}")
+    listed = ", ".join([*close, *(name for name in names if name not in close)])
+    return RequestError(f"unknown {kind} {said!r}: choose one of {listed}.{suggestion}{hint}")
+
+
+def from_system(error: BaseException) -> RequestError | WorkError | None:
+    """The sentence for what the operating system refused: a full disk, a name that is too long, too little memory.
+
+    torch and safetensors wrap what the system says in errors of their own; this is the one place that knows them.
+
+    Args:
+        error: whatever was raised.
+
+    Returns:
+        A `RequestError` where another path helps, a `WorkError` where room or memory does; None for any other error.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        tried = _TRIED.search(str(error))
+        return WorkError(
+            f"there is not enough memory{f' ({tried[0]})' if tried else ''}: "
+            "take a smaller model, adapter or batch, or close other programs"
+        )
+    found = _system_error(error)
+    if found is None:
+        return None
+    path = found.filename if isinstance(found.filename, str | bytes) else None
+    name = (
+        "a file"
+        if path is None
+        else repr(shortened(path if isinstance(path, str) else path.decode("utf-8", "replace")))
+    )
+    reason = (found.strerror or first_line(found)).lower()
+    if found.errno in _FULL:
+        return WorkError(
+            f"{name} could not be written: {reason}. Make room and give the same command again: "
+            "a training or an evaluation goes on from what it has kept"
+        )
+    if found.errno == errno.ENAMETOOLONG:
+        return RequestError(f"{name} cannot be the name of a file or folder: it is too long")
+    if found.errno in _PATH:
+        return RequestError(f"{name} cannot be used: {reason}. Check the path, or name another")
+    return WorkError(f"{name}: {reason}" if path is not None else first_line(found))
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
+_PATH |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Cannot allocate memory")
+_TRIED = re.compile(r"tried to allocate [\d.]+ \w+")
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
+_TORCH_WRITER = re.compile("unexpected pos|PytorchStreamWriter failed|write failed")  # its zip file did not get out
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    if isinstance(error, OSError):
+        return error
+    if code := _RUST_ERROR.search(str(error)):
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    inner = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
+    if inner is not None and (found := _system_error(inner)):
+        return found
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
 
 
 def first_line(error: BaseException) -> str:
     """First line of an error's text, to quote inside a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """`text`, or its beginning and ``...`` where it has more than `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def some(names: Iterable[str]) -> str:

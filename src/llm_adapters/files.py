@@ -5,17 +5,19 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from llm_adapters.errors import RequestError, first_line
+from llm_adapters.errors import RequestError, first_line, shortened
 
 COMPLETE = "complete.json"
 # Earlier versions: converted models had the same document under another name, checkpoints an empty file.
 _EARLIER_DOCUMENT, _EARLIER_FLAG = "conversion.json", "complete"
+_LONGEST_NAME = 255  # bytes, on the file systems of today
 
 
 @contextlib.contextmanager
@@ -104,6 +106,40 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def check_folder(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse a folder that could not be made or written to, before any work is done for it; nothing is made.
+
+    Args:
+        path: the folder, which need not exist.
+        what: what it is for, in the message ("the output").
+
+    Raises:
+        RequestError: it or a folder above it is a file or a link to nothing, its name is too long, or it is not ours.
+    """
+    name = repr(shortened(os.fspath(path)))
+    try:
+        if b"\0" in os.fsencode(path):
+            raise RequestError(f"{what} {name} cannot be a folder: it has a character that no path may have")
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):
+            raise RequestError(f"{what} {name} cannot be a folder: the name is too long. Name another")
+        for place in (Path(path), *Path(path).absolute().parents):
+            try:
+                place.lstat()
+            except FileNotFoundError:
+                continue
+            if not place.is_dir():
+                kind = "a link to nothing" if not place.exists() else "a file"
+                raise RequestError(f"{what} {name} cannot be a folder: {str(place)!r} is {kind}. Name another")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise RequestError(
+                    f"{what} {name} cannot be written: {str(place)!r} is not yours to write to. Name another"
+                )
+            return
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RequestError(f"{what} {name} cannot be a folder ({reason}). Name another") from None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read the JSON object in `file`.
 
@@ -112,8 +148,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{str(file)!r} cannot be read ({first_line(error)}).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{shortened(str(file))!r} cannot be read ({first_line(error)}).") from None
     if not isinstance(document, dict):
         raise RequestError(f"{str(file)!r} does not hold a JSON object.")
     return document
@@ -148,7 +184,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
+    """Flush the files in `folder` to disk; safetensors makes private ones, and the folder is to be shared."""
     for file in _files(folder):
+        file.chmod(stat.S_IMODE(file.stat().st_mode) | _shared_mode(0o666))
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 

@@ -8,6 +8,7 @@ from typing import Any
 from llm_adapters import architectures, methods
 from llm_adapters.errors import RequestError
 from llm_adapters.models import loading as models
+from llm_adapters.models.insertion import insert
 
 ADAM_STATES = 2  # AdamW keeps two numbers per trained parameter, in float32 like the adapter and its gradient
 
@@ -63,7 +64,6 @@ def inspect(name: str | os.PathLike[str], method: str | None = None, **options: 
         RequestError: the model, the method or an option is unknown, or the family's structure is ambiguous.
     """
     import torch
-    from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
@@ -83,7 +83,7 @@ def inspect(name: str | os.PathLike[str], method: str | None = None, **options: 
         chosen = methods.adapter_config(method, model, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = get_peft_model(model, chosen, low_cpu_mem_usage=not chosen.is_prompt_learning)
+            adapted = insert(model, chosen, low_cpu_mem_usage=not chosen.is_prompt_learning)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         for path, module in adapted.named_modules():
             if isinstance(module, BaseTunerLayer):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_adapters import architectures
 from llm_adapters.compat.peft import config_classes
-from llm_adapters.errors import RequestError, unknown
+from llm_adapters.errors import RequestError, first_line, unknown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -180,8 +180,8 @@ def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConf
         return _config_class(row)(task_type="CAUSAL_LM", **values)
     except RequestError:
         raise
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{row.name} refuses its options: {error}") from error
+    except Exception as error:  # PEFT raises many kinds, all about its options
+        raise RequestError(f"{row.name} refuses its options: {first_line(error)}") from error
 
 
 def _config_class(row: Method) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_adapters.adapter_files import IN_RUN, read_template
+from llm_adapters.documents import read_yaml
 from llm_adapters.errors import RequestError, first_line
 from llm_adapters.files import is_complete, read_json
 
@@ -53,6 +54,11 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def sizes(self) -> Path:
+        """Record of micro-batches that were made smaller because they did not fit (JSON); there only if some were."""
+        return self.path / "sizes.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints; gone once the run is finished."""
         return self.path / "checkpoints"
@@ -92,12 +98,10 @@ class RunFolder:
         Raises:
             RequestError: it is missing, is not YAML or no recipe: it has no section `model` with a name.
         """
-        import yaml
-
+        config = read_yaml(self.config, "config of a run")
         try:
-            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             _ = config["model"]["name"], (config.get("data") or {}).get("template")
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{str(self.config)!r} is not the config of a run ({first_line(error)}).") from None
         return config
 

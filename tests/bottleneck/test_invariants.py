@@ -28,11 +28,11 @@ from peft import (
     set_peft_model_state_dict,
 )
 from tiny import FAMILIES, LAYERS, save_tiny, tiny_config, tiny_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from write_state_dict_keys import FILE, keys
 
 from llm_adapters.architectures import decoder_layers
-from llm_adapters.bottleneck import BottleneckLayer
+from llm_adapters.bottleneck import BottleneckConfig, BottleneckLayer
 from llm_adapters.bottleneck.wrapper import Tap
 from llm_adapters.errors import RequestError
 
@@ -358,6 +358,50 @@ def test_sequence_classification(family: str, method: str, tmp_path: Path) -> No
     torch.testing.assert_close(mixed, torch.stack([logits[0], expected[1]]), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(kept, tmp_path)(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("method", ["series", "parallel"])
+@torch.no_grad()
+def test_without_a_task_type_any_transformer_takes_one(method: str, tmp_path: Path) -> None:
+    base = AutoModelForTokenClassification.from_config(tiny_config("qwen2", num_labels=3)).eval()
+    kept = copy.deepcopy(base)
+    model = get_peft_model(base, config_of(method, "qwen2", task_type=None)).eval()
+    assert type(model) is PeftModel
+    perturb(model)
+    logits = model(IDS).logits
+    assert not torch.allclose(logits, kept(IDS).logits, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(kept, tmp_path)(IDS).logits, logits)
+
+
+def test_without_a_task_type_a_decoder_routes_each_sequence_in_generate() -> None:
+    model = get_peft_model(fresh("gpt2"), config_of("parallel", "gpt2", task_type=None)).eval()
+    perturb(model)
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    mixed = model.generate(input_ids=IDS, adapter_names=["default", "__base__"], **options)
+    own, base = model.generate(input_ids=IDS, **options), plain("gpt2").generate(input_ids=IDS, **options)
+    assert torch.equal(mixed, torch.stack([own[0], base[1]]))
+    assert not torch.equal(own[1], base[1])
+
+
+@torch.no_grad()
+def test_a_module_that_is_no_transformer(tmp_path: Path) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
+    kept, x = copy.deepcopy(base), torch.randn(3, 6)
+    model = get_peft_model(base, BottleneckConfig(insertion={"0": "before", "2": "after"}, bottleneck_size=2)).eval()
+    perturb(model)
+    assert not torch.allclose(model(x), kept(x), atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(kept, tmp_path)(x), model(x))
+
+
+@methods
+@varied_families
+@torch.no_grad()
+def test_init_weights_false_is_a_random_start(family: str, method: str) -> None:
+    model = get_peft_model(fresh(family), config_of(method, family, init_weights=False)).eval()
+    assert (model(IDS).logits - plain(family)(IDS).logits).abs().max() > 1e-5
+    assert all(layer.weight.std() > 0 for name, layer in model.named_modules() if name.endswith(".default"))
 
 
 @methods

@@ -82,8 +82,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"bottleneck_dropout": "0.1"}, r"bottleneck_dropout is '0\.1'"),
     ({"bottleneck_dropout": None}, "bottleneck_dropout is None"),
     ({"use_bias": "no"}, "use_bias is 'no'"),
-    ({"init_weights": "xavier"}, "unknown init_weights 'xavier': choose one of identity, paper"),
-    ({"init_weights": False}, "unknown init_weights 'False'"),
+    ({"init_weights": "xavier"}, "unknown init_weights 'xavier': choose one of False, True, identity, paper"),
+    ({"init_weights": 0}, "unknown init_weights '0'"),
     ({"modules_to_save": [3]}, r"modules_to_save is \[3\]"),
 ]
 

@@ -87,9 +87,21 @@ def test_an_option_that_became_a_verb_names_the_verb(
         (["trian"], "unknown verb 'trian'"),
         (["data", "lst"], "unknown verb of data 'lst'"),
         (["train", "--output", "x", "--training.epoch", "3"], "--training.epoch"),
-        (["train", "--output", "x", "--training.epochs", "many"], "training.epochs must be a number, not 'many'"),
+        (
+            ["train", "--output", "x", "--training.epochs", "many"],
+            "training.epochs must be a number above 0, not 'many'",
+        ),
         (["train", "--output", "x", "--data.template", "chatty"], "must be one of 'alpaca', 'chat', 'plain', 'paper'"),
         (["train"], "output"),
+        (["train", "--output", "x", "--model", "smollm2-135m"], "Did you mean --model.name?"),
+        (["train", "--output", "x", "--training=3"], "Did you mean --training.epochs?"),
+        (["train", "--output", "x", "--adapter.method", "lorra"], "choose one of lora, "),
+        (["train", "--output", "x", "--adapter.options", "{a: &x {b: *x}}"], "adapter.options must be a mapping"),
+        (["train", "--output", "y" * 300], "the name is too long"),
+        (["train", "--output", "/dev/null/x"], "Not a directory"),
+        (["evaluate", "--model", "x", "--tasks", "wordproblems", "--output", "/dev/null"], "'/dev/null' is a file"),
+        (["convert", "x", "/dev/null/y"], "Not a directory"),
+        (["demo", "--quick", "--output", "/dev/null/y"], "Not a directory"),
         (["train", "missing.yaml", "--output", "x"], "no recipe file 'missing.yaml'"),
         (["train", "--output", "x", "--adapter.method", "serial"], "unknown method 'serial'"),
         (["train", "--output", "x", "--adapter.options", "{rank: 3}"], "unknown option of lora 'rank'"),
@@ -135,8 +147,8 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("training: {epochs: many}", "training.epochs must be a number, not 'many'"),
-        ("data: {limit: [1]}", "data.limit must be a whole number, not '[1]'"),
+        ("training: {epochs: many}", "training.epochs must be a number above 0, not 'many'"),
+        ("data: {limit: [1]}", "data.limit must be a whole number, at least 1 (and below 2^31), not '[1]'"),
         ("data: {template: chatty}", "data.template must be one of 'alpaca', 'chat', 'plain', 'paper', not 'chatty'"),
         ("training: {epoch: 1}", "unknown key of training 'epoch'"),
     ],
@@ -268,3 +280,23 @@ def test_tables_say_what_the_documents_say(
 def test_an_html_page_needs_a_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--model", str(model), "--tasks", "wordproblems", "--html"]) == 2
     assert "give --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [80, 50, 30])
+def test_a_name_to_copy_stays_whole(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm_adapters.tasks.catalog import CATALOG
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["data", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"│ {name} " in shown for name in CATALOG)
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_adapters.cli import tables
+
+    tables.show("a [b] c [/red]", ("[bold]", "x"), [("[link=file:///etc]y[/]", "[/]")])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("a [b] c [/red]", "[bold]", "[link=file:///etc]y[/]", "[/]"))

@@ -1,8 +1,10 @@
 """Tests of `compat/transformers.py`: after an upgrade, the name of a failing test says what changed."""
 
+from datetime import datetime
+
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
@@ -74,3 +76,10 @@ def test_hf_peft_config_loaded() -> None:
     model._hf_peft_config_loaded = True
     compat.forget_adapters(model)
     assert model._hf_peft_config_loaded is False
+
+
+def test_a_chat_template_is_told_a_date() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d.%m.%y') }} of {{ messages[0].content }}"
+    compat.pin_clock(tokenizer.chat_template, datetime(2001, 2, 3))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "03.02.01 of x"

@@ -409,3 +409,17 @@ def test_progress_goes_to_stderr(base, task, scripted, capsys):
     assert "own: 4 of 4, 50.0% right" in shown.err
     evaluate(base, tasks=[task])
     assert capsys.readouterr().err == ""
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}')
+    for name in ("one", "two", "three"):
+        text = "kind: number\nfile: a.jsonl\n" + ("" if name == "three" else "name: Sums\n")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    one, two, three = (str(tmp_path / f"{name}.yaml") for name in ("one", "two", "three"))
+    with pytest.raises(RequestError, match=r"one\.yaml' and '.*two\.yaml' are both called 'Sums'"):
+        runner.load_questions([one, two])
+    assert [task.name for task, _ in runner.load_questions([one, three, one])] == ["Sums", "three"]
+    (tmp_path / "gsm8k.yaml").write_text("kind: number\nfile: a.jsonl\n")
+    with pytest.raises(RequestError, match="the catalogue has a task 'gsm8k'"):
+        runner.load_questions([str(tmp_path / "gsm8k.yaml")])

@@ -42,6 +42,41 @@ def test_what_is_no_record_is_named_by_file_and_line(tmp_path, line):
         read_records(tmp_path / "nothing.jsonl")
 
 
+WRONG = {
+    "index": ["<b>1</b>", None, 1.5, True],
+    "question": [None, 3, ["q"]],
+    "prompt": [7, {}],
+    "output": [None, False],
+    "extracted": [[], {"a": 1}, True],
+    "label": [4],
+    "correct": [1, "true"],
+    "finished": [None],
+    "tokens": ["7", -0.5],
+    "skipped": [0],
+    "seen": ["no"],
+    "colour": ["red"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_record_of_other_types_is_refused_and_ends_a_journal(tmp_path, field, value):
+    document = {**json.loads(json.dumps(record(1).__dict__)), field: value}
+    (tmp_path / "records").write_text("\n" + json.dumps(document) + "\n")
+    with pytest.raises(RequestError, match=rf"line 2 of '.*records' is not a record \(.*{field}"):
+        read_records(tmp_path / "records")
+    (tmp_path / "journal").write_text(
+        json.dumps({"settings": "abc"}) + "\n" + json.dumps({**document, "seconds": 1.0}) + "\n"
+    )
+    assert Journal(tmp_path / "journal", "abc").resume() == []
+
+
+@pytest.mark.parametrize("seconds", ["x", None, "NaN", "1e999"])
+def test_seconds_that_are_no_number_end_a_journal(tmp_path, seconds):
+    line = json.dumps(record(1).__dict__)[:-1] + f', "seconds": {seconds}}}'
+    (tmp_path / "journal").write_text(json.dumps({"settings": "abc"}) + "\n" + line + "\n")
+    assert Journal(tmp_path / "journal", "abc").resume() == []
+
+
 @pytest.mark.parametrize(
     ("output", "kind", "template", "protocol", "expected"),
     [
@@ -111,7 +146,9 @@ def test_a_journal_that_breaks_off_anywhere_keeps_what_is_whole(tmp_path, lost):
     assert Journal(path, "abc").resume()[-1] == (RECORDS[2], 0.5)
 
 
-@pytest.mark.parametrize("content", ["", "\n", "nonsense\n", "[]\n", '{"settings": 1}\n', "\x00\x01"])
+@pytest.mark.parametrize(
+    "content", ["", "\n", "nonsense\n", "[]\n", '{"settings": 1}\n', "\x00\x01", "[" * 100_000, '{"a":' * 9999]
+)
 def test_what_is_no_journal_is_begun_again(tmp_path, content):
     path = tmp_path / "journal"
     path.write_text(content)

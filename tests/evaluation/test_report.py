@@ -1,4 +1,5 @@
 import html.parser
+import json
 import re
 
 import pytest
@@ -81,6 +82,37 @@ def test_questions_can_be_filtered_by_outcome():
     assert "limit of new tokens was met" in text
     assert "too long to be asked" in text
     assert "25.0%" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("model", "name"), 5, "model.name must be a text"),
+        (("model", "adapter"), [], "model.adapter must be a text or null"),
+        (("template", "name"), "<b>", "unknown template"),
+        (("precision",), None, "precision is null: it must be a text"),
+        (("warnings",), [1], "warnings is"),
+        (("tasks",), [], "tasks is"),
+        (("tasks", "own"), 3, "must be an object"),
+        (("tasks", "own", "accuracy"), "all", "accuracy is"),
+        (("tasks", "own", "interval"), [0.5], "interval is"),
+        (("tasks", "own", "kind"), "poem", "unknown kind of answer"),
+        (("tasks", "own", "seconds"), float("inf"), "cannot be read|seconds is"),
+        (("tasks", "own", "unseen"), {"accuracy": "x"}, "unseen.accuracy"),
+        (("tasks", "../own"), {}, "is no name of a task"),
+    ],
+)
+def test_a_summary_of_other_types_is_refused(tmp_path, path, value, words):
+    evaluation([make()]).write(tmp_path)
+    file = tmp_path / "summary.json"
+    document = inner = json.loads(file.read_text())
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(RequestError, match=words) as caught:
+        write_report(tmp_path)
+    assert "summary.json" in str(caught.value)
 
 
 def test_the_page_lies_beside_the_records(tmp_path):

@@ -70,7 +70,7 @@ def test_disabled_is_the_base_and_unload_gives_it_back(sources: Sources, family:
 @torch.no_grad()
 def test_saves_and_loads_bit_for_bit_without_its_sources(sources: Sources, family: str, tmp_path: Path) -> None:
     folders = [str(shutil.copytree(made.folder, tmp_path / "sources" / name)) for name, made in sources(family).items()]
-    model = get_peft_model(fresh(family), FusionConfig(adapters=folders)).eval()
+    model = get_peft_model(fresh(family), FusionConfig(adapters=folders, task_type="CAUSAL_LM")).eval()
     perturb(model)
     expected = model(IDS).logits
     model.save_pretrained(tmp_path / "fusion")

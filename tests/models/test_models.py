@@ -117,6 +117,25 @@ def test_shards_and_pickled_weights_load_too(tmp_path, folder):
         load_base(shards)
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({}, "has no weight_map"),
+        ({"weight_map": ["model.safetensors"]}, "has no weight_map"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ({"weight_map": {"lm_head.weight": 1}}, r"says that lm_head\.weight is in 1"),
+        ({"weight_map": {"lm_head.weight": ["a", "b"]}}, "must be a file of this folder"),
+        ({"weight_map": {"lm_head.weight": "../base/model.safetensors"}}, "must be a file of this folder"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_that_is_none(folder, name, index, words):
+    (folder / "model.safetensors").unlink()
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(RequestError, match=words):
+        load_base(folder)
+
+
 def test_missing_weights_are_never_made_up(folder):
     edit_weights(folder / "model.safetensors", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(RequestError, match=r"incomplete: model\.layers\.1\.mlp\.up_proj\.weight missing"):
@@ -386,6 +405,12 @@ def test_an_adapter_on_its_base_gives_the_same_logits_bit_for_bit(folder, tmp_pa
     assert torch.equal(logits(load(tmp_path / "adapter").model), expected)  # its config names its base
 
 
+def test_a_template_that_is_no_name(folder, adapter):
+    (adapter / "llm_adapters.json").write_text(json.dumps({"template": 3}))
+    with pytest.raises(RequestError, match="has the template 3"):
+        load(folder, adapter)
+
+
 def test_the_template_travels_with_the_adapter(folder, adapter):
     (adapter / "llm_adapters.json").write_text(json.dumps({"template": "chat"}))
     assert load(folder, adapter).template == "chat"
@@ -433,6 +458,10 @@ def spoil_adapter(change):
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 
 
+def retype(weights, dtype):
+    weights[KEY] = weights[KEY].to(dtype)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -440,6 +469,11 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (spoil_adapter(lambda weights: weights.update(more=torch.ones(2))), r"1 have no place \(more\)"),
         (spoil_adapter(lambda weights: weights.update({KEY: torch.ones(8, 32)})), r"is \(8, 32\), not \(4, 32\)"),
         (spoil_adapter(lambda weights: weights[KEY].fill_(float("inf"))), "not finite"),
+        (spoil_adapter(lambda weights: retype(weights, torch.float8_e5m2)), f"has {KEY} in float8_e5m2: float16, "),
+        (spoil_adapter(lambda weights: retype(weights, torch.complex64)), f"has {KEY} in complex64"),
+        (spoil_adapter(lambda weights: retype(weights, torch.uint8)), f"{KEY} is uint8, not float32"),
+        (spoil_adapter(lambda weights: retype(weights, torch.int64)), f"{KEY} is int64, not float32"),
+        (lambda adapter: edit(adapter / "adapter_config.json", base_model_name_or_path=["a"]), r"has base.* \['a'\]"),
         (spoil_adapter(lambda weights: weights.clear()), "weights are missing"),
         (lambda adapter: (adapter / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "holds no weights"),

@@ -127,11 +127,60 @@ def test_c_takes_no_memory_of_its_own_and_does_not_end_the_process() -> None:
 def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(tmp_path))
     path = build.compiled(torch.bfloat16)
-    assert [path] == list(path.parent.iterdir())  # and nothing half-made beside it
+    assert sorted(path.parent.iterdir()) == [path.with_suffix(".sha256"), path]  # and nothing half-made beside them
     made = path.stat().st_mtime_ns
     assert build.compiled(torch.bfloat16) == path
     assert path.stat().st_mtime_ns == made
     assert build.compiled(torch.float32) != path
+
+
+def _damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "a bit flipped":
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "no digest":
+        path.with_suffix(".sha256").unlink()
+    elif how == "writable by others":
+        path.chmod(0o666)
+    elif how == "a link to a whole one":
+        path.rename(path.with_name("else"))
+        path.symlink_to("else")
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    "how", ["a bit flipped", "emptied", "no digest", "writable by others", "a link to a whole one"]
+)
+def test_a_library_that_is_not_whole_or_not_ours_is_compiled_anew(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(tmp_path))
+    path = build.compiled(torch.float32)
+    whole = path.read_bytes()
+    _damage(path, how)
+    monkeypatch.setattr(build, "_compile", lambda command, file: file.write_bytes(b"anew"))
+    assert build.compiled(torch.float32) == path
+    assert path.read_bytes() == b"anew" != whole
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("what", ["others may write to it", "it is a file", "it cannot be made"])
+def test_a_cache_that_will_not_do_is_done_without(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(cache))
+    if what == "it is a file":
+        cache.write_text("")
+    elif what == "it cannot be made":
+        monkeypatch.setenv("LLM_ADAPTERS_CACHE", "/dev/null/cache")
+    else:
+        (cache / "kernels").mkdir(parents=True)
+        (cache / "kernels").chmod(0o777)
+    path = build.compiled(torch.float32)
+    assert tmp_path not in path.parents
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert build.compiled(torch.float32) == path  # once in a process
 
 
 @pytest.mark.usefixtures("nothing_loaded")

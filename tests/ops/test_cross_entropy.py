@@ -31,3 +31,22 @@ def test_a_label_outside_the_vocabulary_is_refused(dtype: torch.dtype, label: in
     hidden, weight = torch.randn(3, 8).to(dtype), torch.randn(99, 8).to(dtype)
     with pytest.raises((IndexError, RuntimeError), match=r"label|out of bounds"):
         fused_linear_cross_entropy(hidden, weight, None, torch.tensor([1, label, 2]))
+
+
+@pytest.mark.parametrize("chunk", [1, 31 * 2**20])
+def test_ignored_labels_have_no_loss_and_no_gradient(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk)
+    hidden, weight = torch.randn(40, 8).to(dtype), torch.randn(99, 8).to(dtype)
+    targets = torch.arange(40)
+    ignored = targets % 3 == 1
+    loss, gradient = with_gradients(
+        lambda h: fused_linear_cross_entropy(h, weight, None, targets.masked_fill(ignored, -100)), hidden
+    )
+    expected, direction = with_gradients(
+        lambda h: fused_linear_cross_entropy(h[~ignored], weight, None, targets[~ignored]), hidden
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert not gradient[ignored].any()
+    torch.testing.assert_close(gradient, direction)

@@ -357,6 +357,8 @@ NUMBERS = [
     ("Here is the answer: 5", 5),
     ("<think>\\boxed{5}</think> \\boxed{6}", 6),
     ("5 is not the answer. It is 7", 7),
+    ("<think>The answer is 5. Question: is it?\n### Response:\n</think>It is 6", 6),
+    ("<think>\nThe answer is 5", None),
 ]
 LETTERS = [
     ("The answer is (D).", "D"),

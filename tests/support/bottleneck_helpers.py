@@ -51,7 +51,7 @@ def config_of(method: str, family: str, **more: Any) -> BottleneckConfig:
             "non_linearity": "relu",
         },
     }[method]
-    return BottleneckConfig(**({"bottleneck_size": SIZE} | options | more))
+    return BottleneckConfig(**({"bottleneck_size": SIZE, "task_type": "CAUSAL_LM"} | options | more))
 
 
 @cache

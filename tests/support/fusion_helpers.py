@@ -33,7 +33,8 @@ Sources = Callable[[str], dict[str, PeftModel]]
 
 
 def config(sources: Sources, family: str, *names: str, **more: Any) -> FusionConfig:
-    return FusionConfig(adapters=[sources(family)[name].folder for name in names or SOURCES], **more)
+    folders = [sources(family)[name].folder for name in names or SOURCES]
+    return FusionConfig(**({"adapters": folders, "task_type": "CAUSAL_LM"} | more))
 
 
 def perturb(model: nn.Module, name: str = "default", std: float = 0.3) -> None:

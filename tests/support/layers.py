@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bottleneck",),
     ("architectures", "adapter_files"),
     ("_registration",),  # besides, it loads the tuners by name when PEFT is imported
+    ("documents",),
     ("compat", "files"),
     ("errors", "_version", "_lazy"),
 )

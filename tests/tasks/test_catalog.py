@@ -57,7 +57,9 @@ def test_importing_the_catalogue_loads_nothing_heavy():
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(RequestError, match=r"unknown task 'gsm9k': choose one of addsub, .*Did you mean 'gsm8k'\?"):
+    with pytest.raises(
+        RequestError, match=r"unknown task 'gsm9k': choose one of gsm8k, addsub, .*Did you mean 'gsm8k'\?"
+    ):
         load_task("gsm9k")
     with pytest.raises(RequestError, match=r"unknown training set 'math10k'.*Did you mean 'math-10k'\?"):
         load_training_data("math10k")
@@ -195,7 +197,7 @@ def test_a_persons_own_task_by_address(tmp_path):
         (OWN + "answer_kind: number", r"mine\.yaml: unknown key 'answer_kind': choose one of blob, columns, .*kind"),
         (OWN.replace("number", "digit"), r"mine\.yaml: unknown kind 'digit': choose one of boolean, letter, number"),
         (OWN + "split: dev", r"unknown split 'dev': choose one of test, train"),
-        (OWN + "format: gsm", r"unknown format 'gsm': choose one of gsm8k, plain"),
+        (OWN + "format: gsm", r"unknown format 'gsm': choose one of gsm8k, auto, plain"),
         (OWN.replace("kind: number\n", ""), r"add `kind`, one of number, letter"),
         (OWN.replace("title: My task", "title: 3"), r"title must be a text, not 3"),
         (OWN + "size: many", r"size must be a whole number, not 'many'"),
@@ -211,7 +213,7 @@ def test_a_persons_own_task_by_address(tmp_path):
         ("kind: number\nurl: ftp://a/b.json\nblob: " + "ab" * 20, r"is an http\(s\) address"),
         (f"name: ../up\nkind: number\nurl: http://a/b.json\nblob: {'ab' * 20}", r"'\.\./up/b\.json' does not"),
         ("- a\n- b", r"must hold a task"),
-        ("kind: [", r"mine\.yaml is not a YAML file"),
+        ("kind: [", r"mine\.yaml' is not a YAML file"),
         (OWN + f"blob: {'ab' * 20}", None),
     ],
 )

@@ -1,6 +1,11 @@
 import pytest
 
-from llm_adapters.tasks.answers.stop import truncate_at_next_turn, truncate_at_solution, truncate_at_stop
+from llm_adapters.tasks.answers.stop import (
+    truncate_at_next_turn,
+    truncate_at_solution,
+    truncate_at_stop,
+    without_thoughts,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +63,20 @@ def test_a_solution_ends_with_its_mark(text, end):
 )
 def test_a_response_ends_at_the_stop_of_its_template(text, stop, response):
     assert truncate_at_stop(text, stop) == response
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<thinking>5?</thinking>6", "6"),
+        ("It is 5?\n</think>\n6", "6"),
+        ("[THINK]a <b> c[/THINK]6", "6"),
+        ("<reasoning>a<think>b</think>c</reasoning> 6", "6"),
+        ("6 <think>or 5", "6"),
+        ("<think>5, 5, 5", ""),
+        ("<THINK>5</THINK>6<Think>7</Think>", "6"),
+        ("I think </b> that 6 < 7", "I think </b> that 6 < 7"),
+    ],
+)
+def test_thoughts_are_no_response(text, left):
+    assert without_thoughts(text).strip() == left

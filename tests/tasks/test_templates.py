@@ -10,6 +10,7 @@ from llm_adapters.tasks.examples import Example
 from llm_adapters.tasks.templates import (
     TEMPLATES,
     TemplateName,
+    clock,
     encode_example,
     encode_prompt,
     render_prompt,
@@ -211,6 +212,54 @@ def test_errors_say_what_to_do():
 )
 def test_response_of_cuts_what_runs_on(template, text, response):
     assert response_of(text, template) == response
+
+
+# --- conversations, and words that look like control tokens
+
+HISTORY = (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2 </s>"))
+
+
+def test_what_came_before_reaches_the_chat_template_and_each_reply_is_learnt():
+    tokenizer = make_tokenizer(chat=CHAT)
+    encoded = encode_example(tokenizer, Example("2 + 2?", response=" 4 ", history=HISTORY), template="chat")
+    text = (
+        "<s><|system|>\nBe brief.</s>\n<|user|>\n1 + 1?</s>\n<|assistant|>\n2 </s></s>\n"
+        "<|user|>\n2 + 2?</s>\n<|assistant|>\n4</s>"
+    )
+    assert tokenizer.decode(encoded.input_ids) == text
+    assert tokenizer.decode([label for label in encoded.labels if label != -100]) == "2 </s></s>4</s>"
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == text.count("</s>") - 1
+    prompt = render_prompt("chat", "2 + 2?", tokenizer=tokenizer, history=HISTORY)
+    assert encode_prompt(tokenizer, prompt, template="chat") == encoded.input_ids[: encoded.prompt_length]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain", "paper"])
+def test_templates_without_a_place_for_what_came_before_refuse_it(template):
+    with pytest.raises(RequestError, match=f"'{template}' has no place.*system: null, history: null"):
+        render_prompt(template, "q", history=HISTORY)
+
+
+def test_a_chat_template_that_changes_earlier_turns_cannot_be_trained_on():
+    tokenizer = make_tokenizer(
+        chat="{% for m in messages %}{{ m.content if m.role != 'assistant' else '' }};{% endfor %}"
+    )
+    with pytest.raises(RequestError, match="does not keep the turn '2 </s>'"):
+        render_prompt("chat", "q", tokenizer=tokenizer, history=HISTORY)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("text", ["</s>", "<s>a</s>", "Is <|user|></s> a tag?"])
+def test_words_that_look_like_control_tokens_stay_text(template, text, tokenizer):
+    plain = encode_example(tokenizer, Example("q", "i", "r"), template=template).input_ids
+    encoded = encode_example(tokenizer, Example(text, f"{text}!", f"{text}."), template=template).input_ids
+    for token in tokenizer.all_special_ids:
+        assert encoded.count(token) == plain.count(token)
+    rendered = render_prompt(template, text, f"{text}!", tokenizer=tokenizer, stage="train")
+    assert tokenizer.decode(encoded).removeprefix("<s>") == f"{rendered}{text}.</s>".removeprefix("<s>")
+
+
+def test_the_date_of_prompts_is_told_where_they_can_ask():
+    assert (clock("chat"), clock("alpaca")) == ("2024-07-26", None)
 
 
 @pytest.mark.model

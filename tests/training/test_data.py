@@ -65,3 +65,25 @@ def test_what_leaves_nothing_to_train_on_is_an_error() -> None:
         prepare(EXAMPLES, tiny_tokenizer(), settings(validation=0.001), seed=1)
     with pytest.raises(RequestError, match="at most 64 tokens"):
         prepare(EXAMPLES, tiny_tokenizer(), settings(max_length=65), seed=1, context=64)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "error"])
+def test_what_is_too_long_in_any_case_is_not_tokenised(too_long: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    lengths = []
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda _, text, **o: lengths.append(len(text)) or {"input_ids": [5] * len(text)}
+    )
+    long = [Example("q", response="so " * 10**6), Example("q " * 10**6, response="r"), *EXAMPLES[:3]]
+    if too_long == "error":
+        with pytest.raises(RequestError, match="more than 64 tokens"):
+            prepare(long, tokenizer, settings(max_length=64, too_long=too_long), seed=1)
+    else:
+        data = prepare(long, tokenizer, settings(max_length=64, too_long=too_long), seed=1)
+        assert (len(data.train), data.dropped, data.truncated) == {"drop": (3, 2, 0), "truncate": (4, 1, 1)}[too_long]
+    assert max(lengths) < 10_000
+
+
+def test_control_tokens_in_the_words_are_counted() -> None:
+    examples = [*EXAMPLES, Example("What is </s>?", response="r"), Example("q", response="r</s>")]
+    assert prepare(examples, tiny_tokenizer(), settings(), seed=1).counts()["control_tokens_as_text"] == 1

@@ -35,19 +35,57 @@ def test_mappings_files_and_objects_give_the_same_recipe(tmp_path: Path) -> None
         ({"training": {"epochs": "many"}}, "many"),
         ({"data": {"template": "alpacca"}}, "alpacca"),
         ({"training": {"micro_batch_tokens": 0}}, "micro_batch_tokens"),
-        ({"training": {"learning_rate": 0}}, "learning_rate is 0"),
-        ({"training": {"learning_rate": float("nan")}}, "learning_rate is nan"),
-        ({"training": {"epochs": -1}}, "epochs is -1"),
-        ({"data": {"limit": 0}}, "data.limit is 0"),
+        ({"training": {"learning_rate": 0}}, "learning_rate must be a number above 0, not '0'"),
+        ({"training": {"learning_rate": float("nan")}}, "learning_rate must be a number above 0, not 'nan'"),
+        ({"training": {"epochs": -1}}, "epochs must be a number above 0, not '-1'"),
+        ({"data": {"limit": 0}}, "data.limit must be a whole number, at least 1"),
         ({"data": {"validation": 1.5}}, "validation is 1.5"),
         ({"training": {"keep_best": True}}, "keep_best needs a validation split"),
         ({"training": {"trackers": ["aim"]}}, "aim"),
+        ({"training": {"max_grad_norm": None}}, r"training.max_grad_norm has no value \(null\)"),
+        ({"evaluation": {"tasks": None}}, r"evaluation.tasks has no value \(null\)"),
+        ({"training": {"warmup": float("inf")}}, "warmup must be a number that is at least 0, not 'inf'"),
+        ({"training": {"seed": 2**40}}, "seed must be a whole number from 0 to"),
+        ({"training": {"save_every": 10**30}}, "save_every must be a whole number"),
+        ({"adapter": {"options": {"lora_alpha": float("nan")}}}, "adapter.options.lora_alpha is nan"),
+        ({"adapter": {"options": {"r": object()}}}, "adapter.options.r is <object"),
+        ({"adapter": {"options": {1: 2}}}, "keys are texts"),
     ],
 )
 def test_what_is_wrong_is_named(document: dict[str, object], names: str) -> None:
     with pytest.raises(RequestError, match=names) as error:
         load_recipe(document)
     assert "\n" not in str(error.value)
+
+
+def test_an_option_that_holds_itself_is_refused() -> None:
+    endless: dict[str, object] = {}
+    endless["again"] = [endless]
+    with pytest.raises(RequestError, match="holds itself"):
+        load_recipe({"adapter": {"options": endless}})
+
+
+def test_a_tracker_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="mlflow, which is not installed: pip install mlflow"):
+        load_recipe({"training": {"trackers": ["mlflow"]}})
+
+
+def test_a_recipe_put_together_from_mappings_is_one() -> None:
+    """As someone in a notebook writes it: the sections are plain mappings, or hold wrong types."""
+    assert load_recipe(Recipe(adapter={"method": "ia3"})) == load_recipe({"adapter": {"method": "ia3"}})  # type: ignore[arg-type]
+    wrong = Recipe()
+    wrong.training.batch_size = "many"  # type: ignore[assignment]
+    with pytest.raises(RequestError, match="batch_size must be a whole number"):
+        load_recipe(wrong)
+
+
+def test_what_is_recorded_of_a_recipe_are_plain_values() -> None:
+    import yaml
+
+    recipe = load_recipe({"data": {"limit": 4}, "training": {"epochs": "2", "micro_batch_size": 3}})
+    assert yaml.safe_load(yaml.safe_dump(recipe.to_dict())) == recipe.to_dict()
+    assert type(recipe.data.limit) is int
 
 
 def test_the_names_of_earlier_versions_are_taken() -> None:
@@ -89,7 +127,7 @@ def test_a_missing_or_broken_file_is_told(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("training: [")
-    with pytest.raises(RequestError, match="not YAML"):
+    with pytest.raises(RequestError, match="not a YAML file"):
         load_recipe(broken)
     broken.write_text("3")
     with pytest.raises(RequestError, match="mapping"):

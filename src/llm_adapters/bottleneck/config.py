@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 
@@ -31,8 +31,6 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Only decoders are supported, and without a task type PEFT would lose `generate`'s adapter routing.
-        self.task_type: str = self.task_type or "CAUSAL_LM"
         self.from_folder = False  # read together with weights, which are still to come
 
     @classmethod
@@ -65,8 +63,9 @@ class BottleneckConfig(AdapterConfig):
         scaling: the factor s, or ``"learned"``: one trained number per adapter, starting at 1.
         bottleneck_dropout: probability of dropping an entry of the network's input while training.
         use_bias: whether the two projections have a bias.
-        init_weights: ``"identity"`` (W_up starts at zero, so that the model starts unchanged) or ``"paper"``
-            (N(0, 0.02) on both, as the paper's code does).
+        init_weights: ``"identity"`` or true (W_up starts at zero, so that the model starts unchanged), ``"paper"``
+            (N(0, 0.02) on both, as the paper's code does), or false (torch's own random start on both, as in every
+            PEFT method: the model does not start unchanged).
         prefix_length: number of learned keys and values that the attention blocks of the chosen `layers` get as well:
             with a scaled parallel adapter, the mix-and-match adapter of He et al. 2022. They start at N(0, 0.02).
         modules_to_save: further modules to train and save, as in every PEFT method.
@@ -84,7 +83,7 @@ class BottleneckConfig(AdapterConfig):
     scaling: float | str = field(default=1.0)
     bottleneck_dropout: float = field(default=0.0)
     use_bias: bool = field(default=False)
-    init_weights: bool | str = field(default="identity")
+    init_weights: bool | Literal["identity", "paper"] = field(default="identity")
     prefix_length: int = field(default=0)
     modules_to_save: list[str] | None = field(default=None)
 
@@ -164,8 +163,8 @@ class BottleneckConfig(AdapterConfig):
             raise RequestError(f"use_bias is {self.use_bias!r}: true or false is allowed")
         if self.init_weights is True:
             self.init_weights = "identity"
-        if self.init_weights not in INITIALISATIONS:
-            raise unknown("init_weights", self.init_weights, INITIALISATIONS)
+        if self.init_weights is not False and self.init_weights not in INITIALISATIONS:
+            raise unknown("init_weights", self.init_weights, [*INITIALISATIONS, True, False])
 
     def insertion_at(self, target: str) -> str:
         """Insertion at the module named by `target`: ``before``, ``after`` or ``parallel``."""

@@ -35,11 +35,11 @@ class Bottlenecks(nn.Module):
 
     def reset_parameters(self, name: str) -> None:
         """Give the network its initial weights (`BottleneckConfig.init_weights`)."""
-        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-        if self.options[name].init_weights == "paper":
+        down, up, start = self.bottleneck_down[name], self.bottleneck_up[name], self.options[name].init_weights
+        if start == "paper":
             nn.init.normal_(down.weight, std=0.02)
             nn.init.normal_(up.weight, std=0.02)
-        else:
+        elif start == "identity":
             nn.init.zeros_(up.weight)  # W_down keeps torch's own start, which no gradient reaches until W_up moves
         for projection in (down, up):
             if projection.bias is not None:

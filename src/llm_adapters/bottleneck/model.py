@@ -46,9 +46,8 @@ class BottleneckModel(BaseTuner):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward; `adapter_names` arrives here only for MPT, whose routing PEFT leaves out."""
-        if self.model in _pending:
-            del _pending[self.model]  # an adapter that has run is not one whose weights are still to come
         if adapter_names is None:
+            _pending.pop(self.model, None)
             return self.model(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
             return self.model(*args, **kwargs)
@@ -159,6 +158,7 @@ class BottleneckModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Route each sequence of a batch through the adapter that `adapter_names` gives it, for one call."""
+        _pending.pop(self.model, None)  # an adapter that runs is not one whose weights are still to come
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield

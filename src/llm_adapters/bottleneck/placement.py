@@ -153,7 +153,7 @@ def _features(name: str, module: nn.Module, settings: Any) -> tuple[int, int]:
         taken, given = features(base)
         if taken is not None and given is not None:
             return taken, given
-        if any(p.dim() > 1 for p in base.parameters()):  # a block of the decoder
+        if hasattr(settings, "hidden_size") and any(p.dim() > 1 for p in base.parameters()):  # a block of the decoder
             return settings.hidden_size, settings.hidden_size
     raise RequestError(
         f"target {name} is a {type(base).__name__}: an adapter goes on a linear layer or on an attention or MLP block"

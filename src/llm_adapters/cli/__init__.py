@@ -10,12 +10,13 @@ recipe key would still wait seconds for torch before it is told.
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llm_adapters._version import __version__
-from llm_adapters.errors import Interrupted, RequestError, WorkError
+from llm_adapters.errors import Interrupted, RequestError, WorkError, from_system
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
@@ -50,24 +51,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # What changes in a coming release of a library is for us to fix, and noise to a user.
+    _quiet_libraries()
+    with _Streams(), _terminated_as_interrupted():
+        try:
+            code = _run(words)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader of our output went away (a pager that was closed)
+            _discard_stdout()
+            return FAILED
+        except KeyboardInterrupt:
+            print("llm-adapters: interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if (told := error if isinstance(error, RequestError | WorkError) else from_system(error)) is None:
+                raise
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            print(f"llm-adapters: {told}", file=sys.stderr)
+            if isinstance(told, Interrupted):
+                return INTERRUPTED
+            return WRONG_REQUEST if isinstance(told, RequestError) else FAILED
+
+
+def _run(words: list[str]) -> int:
+    from llm_adapters.cli import parser
+
+    function, values = parser.parse(words, VERBS, MOVED, __version__)
+    function(**values)
+    return DONE
+
+
+def _quiet_libraries() -> None:
+    """What changes in a coming release of a library, or is missing of one that nobody asked for, is for us to know."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        from llm_adapters.cli import parser
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
-        function, values = parser.parse(words, VERBS, MOVED, __version__)
-        function(**values)
-    except (RequestError, WorkError) as error:
-        print(f"llm-adapters: {error}", file=sys.stderr)
-        if isinstance(error, Interrupted):
-            return INTERRUPTED
-        return WRONG_REQUEST if isinstance(error, RequestError) else FAILED
-    except KeyboardInterrupt:
-        print("llm-adapters: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away (a pager that was closed)
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    return DONE
+
+class _Streams(contextlib.ExitStack):
+    """The standard streams, as they must be: there, and able to show any character (as a replacement, if need be)."""
+
+    def __enter__(self) -> "_Streams":
+        super().__enter__()
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by who called us
+                setattr(sys, name, self.enter_context(open(os.devnull, mode, encoding="utf-8")))
+                self.callback(setattr, sys, name, None)
+            elif hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        return self
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM inside is as Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: signals are someone else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _discard_stdout() -> None:
+    """Whatever is still in the buffer goes nowhere, instead of into an error at the interpreter's end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """Turns typed functions into a command line: parameters become options, docstrings the help, types the checks."""
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
@@ -9,10 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_adapters.documents import load_yaml
 from llm_adapters.errors import RequestError, unknown
 
 Verb = Callable[..., None]
 NAME = "llm-adapters"
+LOADER = "bounded-yaml"  # our own name, as a loader is every parser's in the process
 
 
 def parse(
@@ -83,6 +86,13 @@ def _arguments(function: Verb, words: list[str], verb: str) -> dict[str, Any]:
     from llm_adapters.training.recipe import Recipe, load_recipe, upgraded_options
 
     words = upgraded_options(words)
+    sections = {f"--{name}": kind for name, kind in typing.get_type_hints(Recipe).items()}
+    for word, value in zip(words, [*words[1:], ""], strict=False):
+        option, equals, given = word.partition("=")
+        mapping = (given if equals else value).lstrip().startswith("{")  # one way to give a section
+        if option in sections and not mapping:
+            key = dataclasses.fields(sections[option])[0].name
+            raise RequestError(f"{option} is a section of the recipe. Did you mean {option}.{key}?")
     parser = _parser(verb, function, typing.get_type_hints(function, localns={"Recipe": Recipe}))
     found = _parse(parser, words, verb)
     if found.recipe_file is not None:
@@ -95,12 +105,17 @@ def _arguments(function: Verb, words: list[str], verb: str) -> dict[str, Any]:
 def _parser(verb: str, function: Verb, hints: dict[str, Any]) -> Any:
     """Parser of one verb: keyword-only parameters are options, the others are given by place."""
     from docstring_parser import parse as parse_docstring
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_loader
 
     documented = parse_docstring(inspect.getdoc(function) or "")
     helps = {p.arg_name: (p.description or "").replace("%", "%%") for p in documented.params}
+    set_loader(LOADER, load_yaml, (ValueError,))
     parser = ArgumentParser(
-        prog=f"{NAME} {verb}", description=documented.short_description, exit_on_error=False, allow_abbrev=False
+        prog=f"{NAME} {verb}",
+        description=documented.short_description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode=LOADER,
     )
     for name, parameter in inspect.signature(function).parameters.items():
         kind, text = hints[name], helps.get(name, "")

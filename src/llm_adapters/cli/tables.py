@@ -22,7 +22,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print one table; the first column is text, the others are numbers.
+    """Print one table; the first column is text that stays whole, the others are numbers.
 
     Args:
         title: printed above the table.
@@ -31,12 +31,15 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    # Names are shown as they are: what looks like markup in them is none.
+    table = Table(title=Text(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        whole = not number and len(columns) > 2  # a name to copy: the others give way
+        table.add_column(Text(column), justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

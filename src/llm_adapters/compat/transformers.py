@@ -5,6 +5,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from torch import nn
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
@@ -70,3 +72,15 @@ def is_conv1d(module: "nn.Module") -> bool:
 def forget_adapters(model: "nn.Module") -> None:
     """Take back that the model says it has adapters, which transformers notes before it tries to add one."""
     vars(model).pop("_hf_peft_config_loaded", None)
+
+
+def pin_clock(chat_template: str, now: "datetime") -> None:
+    """Make a chat template's `strftime_now` tell one date, in this process, instead of today's."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    _compile_jinja_template(chat_template).globals["strftime_now"] = now.strftime
+
+
+def recomputes_activations(model: "nn.Module") -> bool:
+    """Whether activations of `model` are computed again in the backward pass (activation checkpointing)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -7,14 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_adapters.errors import RequestError
+from llm_adapters.documents import load_json, typed
+from llm_adapters.errors import RequestError, first_line
 from llm_adapters.evaluation.protocols import Protocol
 from llm_adapters.files import write_text
 from llm_adapters.tasks.answers import extract, is_correct
 from llm_adapters.tasks.templates import get_template
 
 
-def score(output: str, label: str, kind: str, *, template: str, protocol: Protocol) -> tuple[float | str | None, bool]:
+def score(
+    output: str, label: str, kind: str, *, template: str, protocol: Protocol, language: str = ""
+) -> tuple[float | str | None, bool]:
     """Answer in what was generated after a prompt, and its comparison with the gold label.
 
     This is the one place where an output is scored. A protocol that fixes a template reads a response to that
@@ -26,13 +29,14 @@ def score(output: str, label: str, kind: str, *, template: str, protocol: Protoc
         kind: the kind of answer.
         template: the template of the prompt.
         protocol: says how the answer is read.
+        language: of the data, where it is known.
 
     Returns:
         The answer (None where there is none), and True where it is the right one.
     """
     stop = get_template(protocol.template or template).stop
-    answer = extract(output, kind, protocol.extraction, stop)
-    return answer, is_correct(answer, label, kind)
+    answer = extract(output, kind, protocol.extraction, stop, language)
+    return answer, is_correct(answer, label, kind, protocol.extraction, language)
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,18 @@ class Record:
     skipped: bool = False
     seen: bool = False
 
-    def rescored(self, kind: str, *, template: str, protocol: Protocol) -> "Record":
+    def rescored(self, kind: str, *, template: str, protocol: Protocol, language: str = "") -> "Record":
         """Same output, scored again.
 
         Args:
             kind: the kind of answer.
             template: the template of the prompt.
             protocol: says how the answer is read.
+            language: of the data, where it is known.
         """
-        extracted, correct = score(self.output, self.label, kind, template=template, protocol=protocol)
+        extracted, correct = score(
+            self.output, self.label, kind, template=template, protocol=protocol, language=language
+        )
         return dataclasses.replace(self, extracted=extracted, correct=correct)
 
 
@@ -99,13 +106,13 @@ def read_records(path: Path) -> list[Record]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the records {str(path)!r} cannot be read ({error}).") from None
+        raise RequestError(f"the records {str(path)!r} cannot be read ({first_line(error)}).") from None
     records = []
     for number, line in enumerate(lines, 1):
         if line:
             try:
-                records.append(_record(json.loads(line)))
-            except (ValueError, TypeError) as error:
+                records.append(typed(Record, load_json(line)))
+            except ValueError as error:
                 raise RequestError(f"line {number} of {str(path)!r} is not a record ({error}).") from None
     return records
 
@@ -151,21 +158,27 @@ class Journal:
         if not self.path or not self.path.is_file():
             return found
         header, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(header)["settings"] == self.settings:
+        with contextlib.suppress(ValueError):
+            if typed(_Header, load_json(header)).settings == self.settings:
                 for line in lines:
-                    document = json.loads(line)  # the first that is not whole ends it
-                    seconds = float(document.pop("seconds"))
-                    found.append((_record(document), seconds))
+                    kept = typed(_Kept, load_json(line))  # the first that is not whole ends it
+                    values = {field.name: getattr(kept, field.name) for field in dataclasses.fields(Record)}
+                    found.append((Record(**values), kept.seconds))
         return found
+
+
+@dataclass(frozen=True)
+class _Header:
+    settings: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept(Record):
+    """A record in a journal."""
+
+    seconds: float
 
 
 def _line(record: Record, seconds: float | None = None) -> str:
     document = dataclasses.asdict(record) | ({} if seconds is None else {"seconds": seconds})
     return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _record(document: object) -> Record:
-    if not isinstance(document, dict):
-        raise TypeError("not an object")
-    return Record(**document)

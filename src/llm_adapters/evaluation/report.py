@@ -28,7 +28,8 @@ def render(evaluation: Evaluation) -> str:
     every = [record for records in evaluation.records.values() for record in records]
     counts = {kind: sum(_outcome(record) == kind for record in every) for kind, _ in _KINDS}
     model, title = evaluation.about["model"], "Evaluation"
-    name = f"{model['name']}, adapter {model['adapter']}" if model["adapter"] else f"{model['name']}, no adapter"
+    adapter = model.get("adapter")
+    name = f"{model['name']}, adapter {adapter}" if adapter else f"{model['name']}, no adapter"
     protocol, template = evaluation.about["protocol"]["name"], evaluation.about["template"]["name"]
     choices = [("all", "all", len(every)), *((kind, words, counts[kind]) for kind, words in _KINDS)]
     buttons = "".join(
@@ -86,7 +87,7 @@ def _article(record: Record) -> str:
     ]
     note = f"<p>{escape('; '.join(notes))}</p>" if notes else ""
     return (
-        f'<article class="{_outcome(record)}">\n<h3>Question {record.index}</h3>\n'
+        f'<article class="{_outcome(record)}">\n<h3>Question {escape(str(record.index))}</h3>\n'
         f"<pre>{escape(record.question)}</pre>\n<h3>Output</h3>\n<pre>{escape(record.output)}</pre>\n{note}"
         f"<dl><dt>Extracted</dt><dd>{escape(answer)}</dd><dt>Gold</dt><dd>{escape(record.label)}</dd></dl>\n"
         f"<details><summary>Prompt</summary><pre>{escape(record.prompt)}</pre></details>\n</article>\n"

@@ -1,19 +1,24 @@
 """Results of an evaluation: scores with intervals, the records behind them, and the folder where both are kept."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_adapters.errors import RequestError
+from llm_adapters.documents import fits, typed
+from llm_adapters.errors import RequestError, shortened, unknown
 from llm_adapters.evaluation.protocols import get_protocol
 from llm_adapters.evaluation.records import Record, read_records, write_records
 from llm_adapters.evaluation.statistics import Comparison, Spread, compare, spread, wilson
 from llm_adapters.files import read_json, write_json
 from llm_adapters.runs import RunFolder
+from llm_adapters.tasks.answers import KINDS
+from llm_adapters.tasks.templates import get_template
 
 SUMMARY = "summary.json"
+TASK_NAME = re.compile(r"\w[\w.-]*")  # it names a file too
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class TaskResult:
         seen: questions that are in the training data; None where that is not known.
         unseen: the score of the others alone.
         invariance: what `check_invariance` found.
+        language: the language of the data, where the task names one: it decides how answers are read.
     """
 
     accuracy: float
@@ -51,6 +57,7 @@ class TaskResult:
     seen: int | None = None
     unseen: dict[str, Any] | None = None
     invariance: dict[str, Any] | None = None
+    language: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,18 +109,20 @@ class Evaluation:
             before = {}
         fixed = ("model", "protocol", "template", "precision", "versions")
         if all(before.get(key) == document.get(key) for key in fixed):
-            document["tasks"] = before.get("tasks", {}) | document["tasks"]
+            earlier = before.get("tasks")
+            document["tasks"] = (earlier if isinstance(earlier, dict) else {}) | document["tasks"]
         write_json(folder / SUMMARY, document)
         self.folder = folder
 
 
-def summarise(records: Sequence[Record], kind: str, leakage_known: bool = False) -> TaskResult:
+def summarise(records: Sequence[Record], kind: str, leakage_known: bool = False, language: str = "") -> TaskResult:
     """The score of `records`, of answers of `kind`, without what they cost."""
     correct = sum(record.correct for record in records)
     unseen = [record.correct for record in records if not record.seen]
     return TaskResult(
         **_score(correct, len(records)),
         kind=kind,
+        language=language,
         unanswered=sum(record.extracted is None for record in records),
         unfinished=sum(not (record.finished or record.skipped) for record in records),
         skipped=sum(record.skipped for record in records),
@@ -152,13 +161,26 @@ def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:
     place = find(Path(folder), protocol)
     about = read_json(place / SUMMARY)
     try:
-        _ = about["model"]["name"], about["protocol"]["name"], about["template"]["name"], about["precision"]
+        summary = typed(_Summary, {key: value for key, value in about.items() if key in _SUMMARY})
+        for section in ("model", "protocol", "template"):
+            if not isinstance(getattr(summary, section).get("name"), str):
+                raise ValueError(f"{section}.name must be a text")
+        if not fits(summary.model.get("adapter"), str | None):
+            raise ValueError("model.adapter must be a text or null")
+        get_template(summary.template["name"])
         names = {field.name for field in dataclasses.fields(TaskResult)}
         tasks = {}
-        for name, document in about.pop("tasks").items():
-            known = {key: value for key, value in document.items() if key in names}
-            tasks[name] = TaskResult(**known | {"interval": tuple(document["interval"])})
-    except (KeyError, TypeError, AttributeError) as error:
+        for name, document in summary.tasks.items():
+            if not TASK_NAME.fullmatch(name):
+                raise ValueError(f"{shortened(name, 60)!r} is no name of a task")
+            tasks[name] = typed(TaskResult, {key: value for key, value in document.items() if key in names})
+            tasks[name] = dataclasses.replace(tasks[name], interval=tuple(tasks[name].interval))
+            if tasks[name].kind not in KINDS:
+                raise unknown("kind of answer", tasks[name].kind, KINDS)
+            if not fits((tasks[name].unseen or {"accuracy": 0}).get("accuracy"), float):
+                raise ValueError(f"{name}: unseen.accuracy must be a number")
+        del about["tasks"]
+    except ValueError as error:
         raise RequestError(f"{str(place / SUMMARY)!r} is not the summary of an evaluation ({error}).") from None
     records = {name: read_records(place / f"{name}.jsonl") for name in tasks}
     for name, result in tasks.items():
@@ -167,6 +189,21 @@ def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:
                 f"{name}.jsonl in {str(place)!r} has {len(records[name])} records, and the summary says {result.total}."
             )
     return Evaluation(tasks, records, about, place)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of a summary; it holds more."""
+
+    tasks: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    protocol: dict[str, Any]
+    template: dict[str, Any]
+    precision: str
+    warnings: list[str] = field(default_factory=list)
+
+
+_SUMMARY = [it.name for it in dataclasses.fields(_Summary)]
 
 
 def rescore(folder: Path, protocol: str) -> Evaluation:
@@ -180,8 +217,12 @@ def rescore(folder: Path, protocol: str) -> Evaluation:
     template = old.about["template"]["name"]
     tasks, records = {}, {}
     for name, result in old.tasks.items():
-        records[name] = [record.rescored(result.kind, template=template, protocol=rule) for record in old.records[name]]
-        score = summarise(records[name], result.kind, leakage_known=result.seen is not None)
+        language = result.language
+        records[name] = [
+            record.rescored(result.kind, template=template, protocol=rule, language=language)
+            for record in old.records[name]
+        ]
+        score = summarise(records[name], result.kind, leakage_known=result.seen is not None, language=language)
         tasks[name] = dataclasses.replace(score, seconds=result.seconds, batch_size=result.batch_size)
     about = old.about | {
         "rescored": f"answers read as the protocol {protocol!r} does; prompts and outputs as they were"

@@ -4,25 +4,28 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_adapters.errors import RequestError
+from llm_adapters.evaluation.labels import check_labels
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
 from llm_adapters.evaluation.records import Journal, Record, score
-from llm_adapters.evaluation.results import Evaluation, TaskResult, summarise
+from llm_adapters.evaluation.results import TASK_NAME, Evaluation, TaskResult, summarise
+from llm_adapters.files import check_folder
 from llm_adapters.generation import generator as generation
-from llm_adapters.models import LoadedModel, load
+from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
 from llm_adapters.tasks.examples import Example, Task
-from llm_adapters.tasks.templates import encode_prompt, get_template, render_prompt
+from llm_adapters.tasks.templates import clock, encode_prompt, get_template, holds_control_tokens, render_prompt
+from llm_adapters.tasks.tokens import longest_token
 
 SEEN_WARNING = 0.01  # the share of questions in the training data above which a score is called into question
 
@@ -72,6 +75,8 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise RequestError(f"{what}={value} is too small: give {least} or more.")
+    if output is not None:
+        check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
         loaded = load(run_or_model, adapter, dtype=dtype, device=device)
@@ -95,14 +100,16 @@ def evaluate(
             journal = Journal(folder and folder / f".{task.name}.partial.jsonl", _digest(about, task, batch_size))
             journals.append(journal)
             records[task.name], costs = _measure(generator, task, settings, journal, bar)
-            scored = summarise(records[task.name], task.kind, leakage_known=trained_on is not None)
+            scored = summarise(
+                records[task.name], task.kind, leakage_known=trained_on is not None, language=task.language
+            )
             results[task.name] = dataclasses.replace(scored, **costs)
     if check_invariance:
         with _generator(_in_float32(loaded), dataclasses.replace(settings, batch_size=1)) as alone:
             for task in work:
                 found = _ask_again(alone, task, records[task.name], settings, check_invariance)
                 results[task.name] = dataclasses.replace(results[task.name], invariance=found)
-    about["warnings"] = _warnings(results)
+    about["warnings"] = [note for task in work for note in task.notes] + _warnings(results)
     evaluation = Evaluation(results, records, about)
     if folder:
         evaluation.write(folder)
@@ -139,7 +146,9 @@ class _Work:
 
     name: str
     kind: str
+    language: str
     questions: list[_Question]
+    notes: list[str]
 
 
 # --- before: what was asked for
@@ -149,19 +158,30 @@ def load_questions(tasks: Sequence[str], limit: int | None = None) -> list[tuple
     """Load the questions of `tasks`, the first `limit` of each.
 
     Raises:
-        RequestError: a task is unknown, is a training set, or none is named.
+        RequestError: a task is unknown, is a training set, has no label that an answer can equal, or the name of
+            another; or none is named.
         WorkError: the data is not available.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise RequestError("no tasks to evaluate on: name at least one, such as gsm8k.")
-    rows = {row.name: (row, name) for name in names for row in [get(name)]}
+    rows: dict[str, tuple[Task, str]] = {}
+    for name in names:
+        row = get(name)
+        other = rows.setdefault(row.name.casefold(), (row, name))[1]  # their records are files: case tells none apart
+        if str(other) != str(name):
+            raise RequestError(
+                f"{str(other)!r} and {str(name)!r} are both called {row.name!r}: give one another `name`."
+            )
     for row, _ in rows.values():
-        if not re.fullmatch(r"\w[\w.-]*", row.name):
+        if not TASK_NAME.fullmatch(row.name):
             raise RequestError(f"the task name {row.name!r} cannot name a file: use letters, digits, '-', '_' and '.'.")
         if row.split != "test":
             raise RequestError(f"{row.name!r} is a training set: evaluate on a test set.")
-    return [(row, load_task(name, limit=limit)) for row, name in rows.values()]
+    questions = [(row, load_task(name, limit=limit)) for row, name in rows.values()]
+    for row, examples in questions:
+        check_labels(row, examples)
+    return questions
 
 
 def _template(asked: str | None, rule: Protocol, loaded: LoadedModel) -> tuple[str, str]:
@@ -179,10 +199,7 @@ def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol
     if place is None:
         return None
     folder = RunFolder(place).evaluation(protocol)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"the results cannot be written to {str(folder)!r} ({error.strerror}).") from None
+    check_folder(folder, "the folder for the results")
     return folder
 
 
@@ -190,6 +207,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
     """Circumstances of the measurement: everything of the summary but the numbers."""
     import torch
 
+    date = {"date": told} if (told := clock(settings.template)) else {}
     return {
         "model": {
             "name": loaded.name,
@@ -200,7 +218,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
-        "template": {"name": settings.template, "origin": origin},
+        "template": {"name": settings.template, "origin": origin, **date},
         "precision": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
@@ -218,13 +236,22 @@ def _prepare(
     """Render and encode; raises `RequestError` where the model cannot take the prompts."""
     texts = [example.question for example in examples]
     seen = leakage.seen(trained_on, texts) if trained_on else [False] * len(texts)
+    most = 2 * (context_length(loaded.model) or sys.maxsize) * longest_token(loaded.tokenizer)
     questions = []
     for index, (example, known) in enumerate(zip(examples, seen, strict=True)):
-        prompt = render_prompt(settings.template, example.question, example.input, tokenizer=loaded.tokenizer)
-        ids = encode_prompt(loaded.tokenizer, prompt, template=settings.template)
+        prompt = render_prompt(
+            settings.template, example.question, example.input, tokenizer=loaded.tokenizer, history=example.history
+        )
+        # A prompt that is too long in any case is skipped: its length need not be known.
+        ids = encode_prompt(
+            loaded.tokenizer, prompt[:most] if len(prompt) > most else prompt, template=settings.template
+        )
         questions.append(_Question(index, example, prompt, ids, bool(known)))
     generation.check_prompts(loaded.model, [question.ids for question in questions], settings.max_new_tokens)
-    return _Work(task.name, task.kind, questions)
+    notes = check_labels(task, examples)
+    if held := sum(holds_control_tokens(loaded.tokenizer, example) for example in examples):
+        notes.append(f"{task.name}: {held} questions hold control tokens of the tokenizer, which are read as text.")
+    return _Work(task.name, task.kind, task.language, questions, notes)
 
 
 def _digest(about: dict[str, Any], task: _Work, batch_size: int | None) -> str:
@@ -256,11 +283,13 @@ def _measure(
     total_seconds = 0.0
     bar.task(task.name, len(task.questions))
     for kept, seconds in journal.resume():
-        question = task.questions[kept.index] if kept.index < len(task.questions) else None
+        question = task.questions[kept.index] if 0 <= kept.index < len(task.questions) else None
         if question and kept.prompt == question.prompt:
             # How it is judged may have changed since; what the model wrote has not.
             record = dataclasses.replace(kept, label=question.example.answer, seen=question.seen)
-            done[kept.index] = record.rescored(task.kind, template=settings.template, protocol=settings.protocol)
+            done[kept.index] = record.rescored(
+                task.kind, template=settings.template, protocol=settings.protocol, language=task.language
+            )
             total_seconds += seconds
             bar.question(done[kept.index].correct, kept.tokens, 0.0)
     todo = [question for question in task.questions if question.index not in done]
@@ -283,7 +312,14 @@ def _ask(
 
 def _record(task: _Work, question: _Question, answer: generation.Generation, settings: _Settings) -> Record:
     label = question.example.answer
-    extracted, correct = score(answer.text, label, task.kind, template=settings.template, protocol=settings.protocol)
+    extracted, correct = score(
+        answer.text,
+        label,
+        task.kind,
+        template=settings.template,
+        protocol=settings.protocol,
+        language=task.language,
+    )
     return Record(
         index=question.index,
         question=question.example.question,

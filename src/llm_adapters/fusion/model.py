@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils import load_peft_weights
 from torch import nn
 
+from llm_adapters.adapter_files import read_weights as stored_weights
 from llm_adapters.bottleneck.config import INSERT_BEFORE
 from llm_adapters.bottleneck.model import BottleneckModel
 from llm_adapters.bottleneck.placement import check_free, find_targets
@@ -90,7 +90,7 @@ def read_weights(config: FusionConfig, found: Mapping[str, FusionPlacement]) -> 
     """
     if config.folders is None:
         return {}
-    files = [load_peft_weights(str(folder), device="cpu") for folder in config.folders]
+    files = [stored_weights(folder) for folder in config.folders]
     result: dict[str, dict[str, torch.Tensor]] = {}
     for module, here in found.items():
         with torch.device("meta"):
@@ -102,6 +102,11 @@ def read_weights(config: FusionConfig, found: Mapping[str, FusionPlacement]) -> 
             tensor = files[int(index)].pop(stored, None)
             if tensor is None:
                 raise RequestError(f"{_called(config, int(index))} does not fit the model: it has no {stored}")
+            if tensor.dtype != like.dtype and not tensor.is_floating_point():
+                raise RequestError(
+                    f"{_called(config, int(index))} does not fit the model: {stored} has type {tensor.dtype} "
+                    f"instead of {like.dtype}"
+                )
             if tensor.shape != like.shape:
                 raise RequestError(
                     f"{_called(config, int(index))} does not fit the model: {stored} has shape {tuple(tensor.shape)} "

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.models import context_length
+from llm_adapters.models.memory import free_memory
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_adapters.generation.engine import Engine
@@ -421,7 +421,7 @@ def choose_batch_size(
     cache = 2 * config.num_hidden_layers * num_kv_heads * head_dim * item * (max(lengths, default=0) + max_new_tokens)
     # Beside the cache: the cache is copied when beams are reordered, logits and their softmax are float32.
     row = num_beams * (cache * (2 if num_beams > 1 else 1) + 4 * 4 * config.vocab_size)
-    return max(1, min(largest // num_beams, (_free_memory(model.device) + held) // 2 // row))
+    return max(1, min(largest // num_beams, (free_memory(model.device) + held) // 2 // row))
 
 
 def find_stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -452,11 +452,3 @@ def _out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError)
-
-
-def _free_memory(device: "torch.device") -> int:
-    """Free bytes where the model runs."""
-    import psutil  # PEFT needs it, so it is there
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_adapters.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights, write_note
 from llm_adapters.errors import RequestError, WorkError, first_line, unknown
-from llm_adapters.files import atomic_folder, read_json, write_json
+from llm_adapters.files import atomic_folder, check_folder, read_json, write_json
 from llm_adapters.legacy.checkpoint import Checkpoint
 from llm_adapters.legacy.kinds import KINDS
 
@@ -81,7 +81,8 @@ def convert(
         WorkError: the result could not be written.
     """
     target = Path(out_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    check_folder(target, "the output")
+    if target.exists() and any(target.iterdir()):
         raise RequestError(f"{str(target)!r} is there already and not empty: choose another folder for the result.")
     checkpoint = _read(Path(legacy_dir))
     if model is not None:

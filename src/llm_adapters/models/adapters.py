@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights
+from llm_adapters.adapter_files import adapter_weights, read_base, read_weights
 from llm_adapters.errors import RequestError, first_line, some
-from llm_adapters.files import read_json
+from llm_adapters.models.insertion import LOADED, check_memory, check_patterns
 
 if TYPE_CHECKING:
     import torch
@@ -24,20 +24,18 @@ def attach(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     """Put the adapter in `folder` on `model`, in eval mode; `model` is not to be used after an error.
 
     Raises:
-        RequestError: the adapter is not in PEFT's format, does not fit `model` key by key and shape by shape, holds
-            values that are not finite, or the result computes none.
+        RequestError: the adapter is not in PEFT's format, does not fit `model` key by key, shape by shape and type by
+            type, holds values that are not finite, or the result computes none.
     """
     from peft import PeftConfig, PeftModel
-    from peft.utils import load_peft_weights
 
-    file = adapter_weights(folder)
-    read_json(folder / ADAPTER_CONFIG)
+    adapter_weights(folder)
+    read_base(folder)
     with _refusing(folder, "cannot be read"):
         config = PeftConfig.from_pretrained(str(folder))
-        weights = load_peft_weights(str(folder), device="cpu")
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise RequestError(f"the adapter {str(file)!r} is damaged: {name} holds values that are not finite.")
+    check_patterns(model, config)
+    check_memory(model, config, LOADED)
+    weights = read_weights(folder)
     misfit = f"does not fit the model {model.name_or_path!r}"
     with _refusing(folder, misfit, weights), warnings.catch_warnings():
         # What is missing or has another shape is let through here, because the comparison that follows tells it better.
@@ -61,10 +59,17 @@ def _compare(adapted: "PeftModel", weights: "dict[str, torch.Tensor]", folder: P
         for name in sorted(weights.keys() & known.keys())
         if weights[name].shape != known[name].shape
     ]
+    retyped = [  # indices and masks are weights too, in some methods
+        f"{name} is {weights[name].dtype}, not {known[name].dtype}".replace("torch.", "")
+        for name in sorted(weights.keys() & known.keys())
+        if weights[name].dtype != known[name].dtype
+        and not (weights[name].is_floating_point() and known[name].is_floating_point())
+    ]
     faults = [
         *([f"{len(missing)} weights are missing ({some(missing)})"] if missing else []),
         *([f"{len(unexpected)} have no place ({some(unexpected)})"] if unexpected else []),
         *([f"{len(reshaped)} have another shape ({some(reshaped)})"] if reshaped else []),
+        *([f"{len(retyped)} have another type ({some(retyped)})"] if retyped else []),
     ]
     if faults:
         raise RequestError(

@@ -52,7 +52,8 @@ def base_fingerprint(folder: Path, memory: Path | None = None) -> str:
     if key not in known:
         known[key] = _weights_digest(files)
         if memory is not None:
-            write_json(memory, known)
+            with contextlib.suppress(OSError):  # a memory that cannot be written is done without
+                write_json(memory, known)
     return _with_config(known[key], folder / "config.json", _VOLATILE)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights, find_adapter, read_template
+from llm_adapters.adapter_files import ADAPTER_CONFIG, adapter_weights, find_adapter, read_base, read_template
 from llm_adapters.errors import RequestError, first_line, some, unknown
-from llm_adapters.files import cache_folder, read_json
+from llm_adapters.files import cache_folder
 from llm_adapters.models import fingerprints
 from llm_adapters.models.adapters import attach
 from llm_adapters.models.sources import explained, quiet, resolve, weight_files
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_MOST_LAYERS = 10_000
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -146,6 +148,7 @@ def model_config(name: str | os.PathLike[str]) -> "PreTrainedConfig":
     folder = path.parent if options else path
     with explained(name, folder), quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    _check_layers(config, name)
     if hasattr(config, "quantization_config") and options:
         del config.quantization_config  # of the file; the model that we build from it is not quantised
     config._name_or_path = name
@@ -167,9 +170,10 @@ def resolve_device(device: str) -> "torch.device":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it computes no numbers")
         return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise RequestError(f"device {device!r} cannot be used here ({first_line(error)}). Use auto or cpu.") from None
 
 
@@ -197,11 +201,12 @@ def _multiplies_bfloat16(device: "torch.device") -> bool:
 
 
 def _load_folder(name: str, source: str, path: Path, dtype: "torch.dtype", device: "torch.device") -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    weight_files(path)
+    weights = _count_weights(weight_files(path))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with explained(name, path), quiet():
+        _check_layers(AutoConfig.from_pretrained(path, **options), name, weights)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
@@ -215,6 +220,30 @@ def _load_folder(name: str, source: str, path: Path, dtype: "torch.dtype", devic
     # What an adapter saved from this model says its base is: the name that finds it again, not a folder of the cache.
     model.name_or_path = model.config._name_or_path = name
     return LoadedModel(model.to(device).eval(), tokenizer, name, source, path, dtype, device)
+
+
+def _count_weights(files: list[Path]) -> int | None:
+    """Number of weights in `files`, by their headers alone; None where those do not say it."""
+    from safetensors import safe_open
+
+    if any(file.suffix != ".safetensors" for file in files):
+        return None
+    count = 0
+    for file in files:
+        with explained(file.name, file.parent), safe_open(file, framework="pt") as opened:
+            count += len(opened.keys())
+    return count
+
+
+def _check_layers(config: "PreTrainedConfig", name: str, weights: int | None = None) -> None:
+    """Refuse more layers than there are weights, or than any model has, before they are made one by one."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    most = _MOST_LAYERS if weights is None else min(weights, _MOST_LAYERS)
+    if isinstance(layers, int) and layers > most:
+        held = f"its files hold {weights:,} weights" if weights is not None else f"at most {most:,} are taken"
+        raise RequestError(
+            f"the config of the model {name!r} says {layers:,} layers, and {held}. Is it another model's?"
+        )
 
 
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, path: Path) -> None:
@@ -247,8 +276,8 @@ def _load_request(name: str, adapter: Path | None) -> _LoadRequest:
     if RunFolder(folder).is_run:
         request = _run_request(RunFolder(folder))
     elif (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if not base:
+        base = read_base(folder)
+        if base is None:
             raise RequestError(f"the adapter {name!r} does not say what its base model is: name the model as well.")
         request = _LoadRequest(base, folder, read_template(folder))
     elif adapter is None:

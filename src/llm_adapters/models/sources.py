@@ -60,19 +60,30 @@ def weight_files(folder: Path) -> list[Path]:
     """Files with the weights of the model in `folder`: safetensors if there are any, else PyTorch's.
 
     Raises:
-        RequestError: there are none, or the index names one that is not there.
+        RequestError: there are none, or the index does not say which file holds which weight, or names one that is not
+            there.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = [folder / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            shards = _shards(index)
             for shard in shards:
                 if not shard.is_file():
                     raise RequestError(f"{str(shard)!r} is missing: {index.name} says that it holds weights.")
             return shards
     raise RequestError(f"{str(folder)!r} holds no weights: no model.safetensors and no pytorch_model.bin.")
+
+
+def _shards(index: Path) -> list[Path]:
+    held_by = read_json(index).get("weight_map")
+    if not isinstance(held_by, dict) or not held_by:
+        raise RequestError(f"{str(index)!r} has no weight_map: it must say which file holds which weight.")
+    for weight, file in held_by.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise RequestError(f"{str(index)!r} says that {weight} is in {file!r}: it must be a file of this folder.")
+    return [index.parent / file for file in sorted(set(held_by.values()))]
 
 
 def _meant(folder: Path) -> str:

@@ -13,6 +13,7 @@ from llm_adapters.ops.sizes import padded_size
 
 # Of logits at once: enough rows for the product to run at full speed.
 CHUNK_BYTES = 31 * 2**20
+IGNORE_INDEX = -100  # as a target: no loss and no gradient
 _ROWS = 16  # rows are multiplied in such numbers, see `sizes`
 
 
@@ -53,13 +54,16 @@ def _cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """The cross-entropy of each row, (rows,), float32; `logits` (rows, vocab_size) become their gradient."""
     if kernel := function("cross_entropy_", logits):
         return kernel(logits, targets)
+    ignored = targets == IGNORE_INDEX
+    targets = targets.masked_fill(ignored, 0)
     log_probs = torch.log_softmax(logits, 1, dtype=torch.float32)
     losses = -log_probs.gather(1, targets[:, None]).squeeze(1)
     # softmax - one_hot, subtracted before it is rounded
     logits.copy_(
         log_probs.exp_().scatter_add_(1, targets[:, None], log_probs.new_full((1, 1), -1.0).expand(len(logits), 1))
     )
-    return losses
+    logits.masked_fill_(ignored[:, None], 0)
+    return losses.masked_fill_(ignored, 0)
 
 
 def _padded(hidden: torch.Tensor) -> torch.Tensor:
@@ -76,7 +80,7 @@ def fused_linear_cross_entropy(
         hidden: (labels, hidden_size), the hidden states that predict the labels.
         weight: (vocab_size, hidden_size) of the output head.
         bias: (vocab_size,) or None.
-        targets: (labels,), int64.
+        targets: (labels,), int64; `IGNORE_INDEX` for none.
 
     Returns:
         A scalar, float32.

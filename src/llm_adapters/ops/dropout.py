@@ -4,6 +4,9 @@ Nothing but the seed is kept for the backward pass, and random numbers, which ar
 drawn. A backend's functions and the reference here drop the very same entries (`keep_mask` in csrc/numbers.h).
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +15,24 @@ from torch.autograd.function import once_differentiable
 from llm_adapters.ops.backends import function
 
 _BITS = 0xFFFFFFFF
+_SEEDS = 256  # drawn at once
+
+_drawn = threading.local()  # seeds by device, while they are drawn together
+
+
+@contextlib.contextmanager
+def seeds_drawn_together() -> Iterator[None]:
+    """Have torch draw the seeds of all that is inside in one call: a call for each costs a GPU's host as much as a
+    layer's product does.
+
+    Not for a forward pass that is computed again in the backward pass: there, each draw has to be one of torch's own.
+    """
+    before = getattr(_drawn, "seeds", None)
+    _drawn.seeds = {}
+    try:
+        yield
+    finally:
+        _drawn.seeds = before
 
 
 def sample_mask(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -27,7 +48,14 @@ def sample_mask(x: torch.Tensor, p: float) -> torch.Tensor:
         raise ValueError(f"p is {p}: a probability above 0 and below 1 is needed")
     if x.numel() > 2**32:
         raise ValueError(f"a tensor of {x.numel()} entries: dropout takes up to 2^32, use smaller batches")
-    return torch.randint(2**63 - 1, (), device=x.device)
+    seeds = getattr(_drawn, "seeds", None)
+    if seeds is None:
+        return torch.randint(2**63 - 1, (), device=x.device)
+    left = seeds.setdefault(x.device, [])
+    if not left:
+        # Every second number: Triton compiles a function again for an address that is no multiple of 16.
+        left += torch.randint(2**63 - 1, (_SEEDS, 2), device=x.device)[:, 0].unbind()
+    return left.pop()
 
 
 def threshold(p: float) -> int:

@@ -75,6 +75,11 @@ class Pack(Cached):
         return self.prefix + sum(self.lengths)
 
     @property
+    def shares_prefix(self) -> bool:
+        """Whether the segments begin with a shared prefix."""
+        return self.prefix > 0
+
+    @property
     def starts(self) -> list[int]:
         """The place in the row where each segment begins."""
         return [*itertools.accumulate(self.lengths[:-1], initial=self.prefix)]

@@ -5,15 +5,18 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llm_adapters.errors import RequestError, unknown
+from llm_adapters.documents import read_yaml
+from llm_adapters.errors import RequestError, first_line, unknown
 from llm_adapters.tasks import download, wordproblems
 from llm_adapters.tasks.answers import KINDS
-from llm_adapters.tasks.examples import FIELDS, FORMATS, Example, Task, load_file
+from llm_adapters.tasks.answers.languages import LANGUAGES
+from llm_adapters.tasks.columns import FIELDS, FORMATS, load_file
+from llm_adapters.tasks.examples import Example, Task
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +186,7 @@ def load_training_data(
     *,
     limit: int | None = None,
     questions_only: bool = False,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Read a training set of the catalogue, of a task YAML with ``split: train``, or of a person's own file.
 
     A row without a response is an error in a person's own file; in a set of the catalogue it is left out, and the
@@ -205,17 +208,17 @@ def load_training_data(
     name, suffix = str(name_or_path), Path(name_or_path).suffix.lower()
     known = name in CATALOG or suffix in (".yaml", ".yml")
     if not known:
-        if not suffix and not Path(name).exists():
+        if not suffix and not _exists(name):
             names = [task.name for task in CATALOG.values() if task.split == "train"]
             raise unknown("training set", name, names, hint=" Your own data is the path of a file.")
-        return load_file(name, columns, required=required)[:limit]
+        return _first(load_file(name, columns, required=required), limit)
     if columns:
         raise RequestError(f"the column map is for your own files: the columns of {name!r} are known.")
     task = get(name)
     if task.split == "test" and not questions_only:
         raise RequestError(f"{name!r} is a test set: training on it would make its score worthless.")
     if task.file or questions_only:
-        return _load(task, required=required)[:limit]
+        return _first(_load(task, required=required), limit)
     examples = _load(task)
     complete = [example for example in examples if example.response.strip()]
     if missing := len(examples) - len(complete):
@@ -223,7 +226,18 @@ def load_training_data(
     return complete[:limit]
 
 
-def _load(task: Task, required: set[str] | None = None) -> list[Example]:
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a file's name, or not one at all
+        return False
+
+
+def _first(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
+    return examples if limit is None else examples[:limit]
+
+
+def _load(task: Task, required: set[str] | None = None) -> Sequence[Example]:
     if task.embedded:
         return wordproblems.generate(task.split)
     return load_file(download.locate(task), task.columns, required=required or (), format=task.format)
@@ -236,20 +250,13 @@ def _check_limit(limit: int | None) -> None:
 
 def _read_task(path: Path) -> Task:
     """Task that a YAML file describes; its `file` is relative to the YAML's folder."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"the task file {str(path)!r} does not exist. Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RequestError(f"{path} is not a YAML file that can be read: {' '.join(str(error).split())}.") from None
+    document = read_yaml(path, "task file")
     if not isinstance(document, dict):
         raise RequestError(
             f"{path} must hold a task: lines such as `title: My task`, `kind: number`, `file: test.jsonl`."
         )
     keys = [key.name for key in dataclasses.fields(Task)]
-    defaults = {"name": path.stem, "title": path.stem, "split": "test", "format": "plain", "columns": {}}
+    defaults = {"name": path.stem, "title": path.stem, "split": "test", "format": "auto", "columns": {}}
     values: dict[str, Any] = defaults | document
     if values["split"] == "train":
         values.setdefault("kind", "text")
@@ -258,20 +265,28 @@ def _read_task(path: Path) -> Task:
             raise RequestError(f"{path}: {unknown('key', key, keys)}")
         if key not in ("columns", "size") and not isinstance(value, str):
             raise RequestError(f"{path}: {key} must be a text, not {value!r}.")
+    if str(values["name"]).casefold() in CATALOG:
+        raise RequestError(f"{path}: the catalogue has a task {values['name']!r}: give this one another `name`.")
     if "kind" not in values:
         raise RequestError(f"{path} does not say what an answer is: add `kind`, one of {', '.join(KINDS)}.")
-    for key, allowed in (("kind", KINDS), ("split", SPLITS), ("format", FORMATS)):
-        if values[key] not in allowed:
+    allowed_values = (("kind", KINDS), ("split", SPLITS), ("format", FORMATS), ("language", LANGUAGES))
+    for key, allowed in allowed_values:
+        if key in values and values[key] not in allowed:
             raise RequestError(f"{path}: {unknown(key, values[key], allowed)}")
     if not isinstance(values.get("size"), int | None):
         raise RequestError(f"{path}: size must be a whole number, not {values['size']!r}.")
     columns = values["columns"]
-    if not isinstance(columns, dict) or not all(isinstance(name, str | None) for name in columns.values()):
+    if not isinstance(columns, dict) or not all(
+        isinstance(key, str) and isinstance(name, str | None) for key, name in columns.items()
+    ):
         raise RequestError(f"{path}: columns must map some of {', '.join(FIELDS)} to the names of your columns.")
     if bool(values.get("file")) == bool(values.get("url")):
         raise RequestError(f"{path} must say where the data is: either `file`, a path, or `url` with `blob`.")
     if values.get("file"):
-        values["file"] = str(path.parent / Path(values["file"]).expanduser())
+        try:
+            values["file"] = str(path.parent / Path(values["file"]).expanduser())
+        except RuntimeError as error:
+            raise RequestError(f"{path}: file {values['file']!r} cannot be found ({first_line(error)}).") from None
     elif not re.fullmatch("https?://.+", values["url"]) or not re.fullmatch("[0-9a-f]{40}", values.get("blob", "")):
         raise RequestError(
             f"{path}: a `url` is an http(s) address and needs `blob`, the 40 digits of `git hash-object`."

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_adapters.tasks import catalog, leakage
+from llm_adapters.tasks.progress import counted
 
 
 def check(train: str, against: Sequence[str], columns: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
@@ -26,7 +27,8 @@ def check(train: str, against: Sequence[str], columns: Mapping[str, str] | None 
         catalog.get(name)  # an unknown name is told before a training set is downloaded
     training = catalog.load_training_data(train, columns, questions_only=True)
     tests = {name: _questions(name) for name in against}
-    found = leakage.overlaps([example.question for example in training], tests)
+    asked = (example.question for example in counted(training, f"comparing {train}"))
+    found = leakage.overlaps(asked, tests)
     return {name: overlap.to_dict() for name, overlap in found.items()}
 
 

@@ -1,12 +1,13 @@
 """Test questions that a training set holds: word for word (after normalisation), or nearly.
 
-Exact matches can be told from a `Fingerprint` alone, which training writes beside its result. Near matches are found by
-MinHash over word shingles (Broder 1997) with `datasketch`, and every candidate is verified by its true Jaccard
-similarity, so that none is counted by chance.
+Exact matches can be told from a `Fingerprint` alone, which training writes beside its result. Near ones are those whose
+word pairs have a high Jaccard similarity; prefix filtering (Bayardo, Ma and Srikant 2007) finds all of them. The
+training questions pass by one at a time: only the test sets are held.
 """
 
+import collections
 import hashlib
-import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,6 @@ mile"), and in the others one or two numbers differ. Between 0.6 and 0.7 only 8 
 are templates filled with other names and other numbers, which share a method but not an answer.
 """
 
-_PERMUTATIONS = 128
 _WIDTH = 12  # hex digits, 48 bits: with 170,000 training questions, one unseen test question in 10^9 is taken for seen
 _SCHEME = "blake2b-48 of lower-case letters and digits"
 
@@ -192,11 +192,10 @@ def overlaps(
 ) -> dict[str, Overlap]:
     """Overlap of several test sets with a training set.
 
-    Exact is meant after `normalise`. Near is a Jaccard similarity of the sets of word pairs: a test question at the
-    threshold is missed with a probability below 0.001 (from a threshold of 0.06 up) and never counted wrongly.
+    Exact is meant after `normalise`. Near is a Jaccard similarity of the sets of word pairs of two questions.
 
     Args:
-        train: the training questions.
+        train: the training questions, iterated over once.
         tests: the questions of each test set.
         near_threshold: the least similarity of a near match; None leaves near matches out.
         examples: so many examples of each kind are kept per test set, of near ones the most similar.
@@ -206,60 +205,76 @@ def overlaps(
     """
     if near_threshold is not None and not 0 < near_threshold <= 1:
         raise RequestError(f"near threshold {near_threshold!r}: give a similarity above 0 and at most 1.")
-    distinct: dict[str, str] = {}
+    texts = {name: [normalise(question) for question in questions] for name, questions in tests.items()}
+    known = {text for each in texts.values() for text in each if text}
+    sought = list(dict.fromkeys(question for questions in tests.values() for question in questions))
+    near = None if near_threshold is None else _Near(sought, near_threshold)
+    exact: dict[str, str] = {}
     for question in train:
-        distinct.setdefault(normalise(question), question)
-    distinct.pop("", None)
-    results: dict[str, Overlap] = {}
-    rest: list[tuple[str, str]] = []
-    for name, questions in tests.items():
-        results[name] = Overlap(len(questions))
-        for question in questions:
-            text = normalise(question)
-            if text in distinct:
-                results[name].exact += 1
-                if results[name].exact <= examples:
-                    results[name].examples.append(Match("exact", 1.0, question, distinct[text]))
-            elif text:
-                rest.append((name, question))
-    if near_threshold is not None and rest and distinct:
-        for name, matches in _near(list(distinct.values()), rest, near_threshold).items():
-            matches.sort(key=lambda match: -match.similarity)
-            results[name].near = len(matches)
-            results[name].examples += matches[:examples]
-    return results
+        text = normalise(question)
+        if text in known:
+            exact.setdefault(text, question)
+        if near and text:
+            near.add(question)
+    best = dict(zip(sought, near.best, strict=True)) if near else {}
+    return {name: _overlap(tests[name], texts[name], exact, best, examples) for name in tests}
 
 
-def _near(train: list[str], tests: list[tuple[str, str]], threshold: float) -> dict[str, list[Match]]:
-    """Best match of each question that reaches `threshold`, by test set."""
-    from datasketch import MinHash, MinHashLSH  # imports scipy: a second
-
-    # Bands of `rows` hashes: as selective as they can be while a pair at the threshold is missed with p < 0.001.
-    rows = max(r for r in range(1, 17) if r == 1 or (1 - threshold**r) ** (_PERMUTATIONS // r) < 1e-3)
-    index = MinHashLSH(num_perm=_PERMUTATIONS, params=(_PERMUTATIONS // rows, rows))
-    test_shingles = [_shingles(question) for _, question in tests]
-    for at, sketch in enumerate(MinHash.generator(map(_encoded, test_shingles), num_perm=_PERMUTATIONS)):
-        index.insert(at, sketch)
-    best: dict[int, tuple[float, str]] = {}
-    train_shingles, again = itertools.tee(map(_shingles, train))  # one at a time: a training set may be large
-    sketches = MinHash.generator(map(_encoded, again), num_perm=_PERMUTATIONS)
-    for question, shingles, sketch in zip(train, train_shingles, sketches, strict=True):
-        for at in index.query(sketch):
-            similarity = len(shingles & test_shingles[at]) / len(shingles | test_shingles[at])
-            if similarity >= threshold and similarity > best.get(at, (0.0, ""))[0]:
-                best[at] = (similarity, question)
-    found: dict[str, list[Match]] = {}
-    for at, (similarity, question) in sorted(best.items()):
-        name, test = tests[at]
-        found.setdefault(name, []).append(Match("near", similarity, test, question))
+def _overlap(
+    questions: Sequence[str],
+    texts: Sequence[str],
+    exact: Mapping[str, str],
+    best: Mapping[str, tuple[float, str] | None],
+    examples: int,
+) -> Overlap:
+    """Overlap of one test set, from what the training questions with its texts and those nearest to them are."""
+    found = Overlap(len(questions))
+    near = []
+    for question, text in zip(questions, texts, strict=True):
+        if text in exact:
+            found.exact += 1
+            if found.exact <= examples:
+                found.examples.append(Match("exact", 1.0, question, exact[text]))
+        elif nearest := best.get(question):
+            near.append(Match("near", nearest[0], question, nearest[1]))
+    near.sort(key=lambda match: -match.similarity)
+    found.near = len(near)
+    found.examples += near[:examples]
     return found
+
+
+class _Near:
+    """The training question that is most like each test question.
+
+    A question that is as similar as the threshold T asks shares at least T of the other's shingles. It therefore holds
+    one of any |shingles| - ceil(T |shingles|) + 1 of them: the rarest, by which the test questions are found.
+
+    Attributes:
+        best: similarity and training question for each test question; None where none reaches the threshold.
+    """
+
+    def __init__(self, tests: Sequence[str], threshold: float) -> None:
+        self.threshold = threshold
+        self.tests = [_shingles(question) for question in tests]
+        self.best: list[tuple[float, str] | None] = [None] * len(tests)
+        count = collections.Counter(shingle for shingles in self.tests for shingle in shingles)
+        self.index: dict[str, list[int]] = collections.defaultdict(list)
+        for at, shingles in enumerate(self.tests):
+            rarest = sorted(shingles, key=lambda shingle: (count[shingle], shingle))
+            for shingle in rarest[: len(shingles) - math.ceil(threshold * len(shingles) - 1e-9) + 1]:
+                self.index[shingle].append(at)
+
+    def add(self, question: str) -> None:
+        """Compare one more training question."""
+        shingles = _shingles(question)
+        for at in {at for shingle in shingles for at in self.index.get(shingle, ())}:
+            similarity = len(shingles & self.tests[at]) / len(shingles | self.tests[at])
+            before = self.best[at]
+            if similarity >= self.threshold and (before is None or similarity > before[0]):
+                self.best[at] = (similarity, question)
 
 
 def _shingles(question: str) -> frozenset[str]:
     """Pairs of neighbouring words; 20,817 is one word."""
     words = re.sub(r"[\W_]+", " ", re.sub(r"(?<=\d),(?=\d{3})", "", question.lower())).split()
     return frozenset(" ".join(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1)))
-
-
-def _encoded(shingles: frozenset[str]) -> list[bytes]:
-    return [shingle.encode() for shingle in shingles]

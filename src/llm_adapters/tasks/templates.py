@@ -4,17 +4,39 @@ For every template but a joint one (``paper``), training and evaluation give the
 construction: prompt and response are tokenised apart, and the response is appended.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
+from llm_adapters.tasks import chat_templates
 from llm_adapters.tasks.answers.stop import truncate_at_stop
-from llm_adapters.tasks.examples import Example
+from llm_adapters.tasks.examples import Example, Message
+from llm_adapters.tasks.tokens import Span, control_tokens, encode
 
 TemplateName = Literal["alpaca", "chat", "plain", "paper"]  # the keys of TEMPLATES, for typed signatures
 STAGES = ("train", "evaluate")
 IGNORED = -100  # the label that cross-entropy skips
+
+
+class Prompt(str):
+    """Text of a prompt, with the places of what is not the template's.
+
+    Attributes:
+        words: the spans that are the data's words: text that looks like a control token there stays text.
+        replies: the spans of the assistant's earlier turns, each up to where its turn ends.
+    """
+
+    words: tuple[Span, ...]
+    replies: tuple[Span, ...]
+
+    def __new__(cls, text: str, words: Sequence[Span] = (), replies: Sequence[Span] = ()) -> "Prompt":
+        """Make one of `text` and its spans."""
+        prompt = super().__new__(cls, text)
+        prompt.words, prompt.replies = tuple(words), tuple(replies)
+        return prompt
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,7 @@ class Template:
     wrapped: bool = False
     joint: bool = False
 
-    def text(self, question: str, input: str, stage: str) -> str:
+    def text(self, question: str, input: str, stage: str) -> Prompt:
         """Prompt of a question, before any chat template.
 
         Args:
@@ -50,7 +72,14 @@ class Template:
         prompts = (self.train if stage == "train" else None) or (self.prompt, self.prompt_with_input)
         if not self.joint:
             question, input = question.strip(), input.strip()
-        return prompts[bool(input)].format(instruction=question, input=input)
+        text, words = "", []
+        for own, slot, _, _ in Formatter().parse(prompts[bool(input)]):
+            text += own
+            if slot:
+                value = {"instruction": question, "input": input}[slot]
+                words.append((len(text), len(text) + len(value)))
+                text += value
+        return Prompt(text, words)
 
 
 # The paper's code writes its prompts in an indented string, blanks included.
@@ -129,8 +158,14 @@ class Encoded:
 
 
 def render_prompt(
-    template: str, question: str, input: str = "", *, tokenizer: Any = None, stage: str = "evaluate"
-) -> str:
+    template: str,
+    question: str,
+    input: str = "",
+    *,
+    tokenizer: Any = None,
+    stage: str = "evaluate",
+    history: Sequence[Message] = (),
+) -> Prompt:
     """Text that goes before the response.
 
     Args:
@@ -139,15 +174,22 @@ def render_prompt(
         input: a text that the question is about, empty for none.
         tokenizer: needed where the template is the tokenizer's own (``"chat"``).
         stage: ``"train"`` or ``"evaluate"``, which makes a difference for ``"paper"`` alone.
+        history: the messages before the question, for which ``"chat"`` alone has a place.
 
     Raises:
-        RequestError: an unknown template or stage, or a tokenizer without a chat template.
+        RequestError: an unknown template or stage, a tokenizer without a chat template, or one whose template fails or
+            leaves a message out, or messages before the question and no place for them.
     """
     row = get_template(template)
     if stage not in STAGES:
         raise unknown("stage", stage, STAGES)
     text = row.text(question, input, stage)
     if not row.wrapped:
+        if history:
+            raise RequestError(
+                f"the template {template!r} has no place for what comes before a question (a system message, earlier "
+                "turns). Choose the template chat, or leave them out: --data.columns '{system: null, history: null}'."
+            )
         return text
     if not getattr(tokenizer, "chat_template", None):
         others = ", ".join(other.name for other in TEMPLATES.values() if not other.wrapped)
@@ -155,14 +197,50 @@ def render_prompt(
             f"the template {template!r} needs a tokenizer with a chat template of its own, and this model's has none. "
             f"Choose another template: {others}."
         )
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _render_chat(tokenizer, [*history, ("user", text)])
+
+
+def _render_chat(tokenizer: Any, messages: Sequence[Message]) -> Prompt:
+    text = chat_templates.render(tokenizer, messages)
+    replies = []
+    for at, (role, content) in enumerate(messages):
+        if role == "assistant":
+            before = chat_templates.render(tokenizer, messages[:at])
+            after = chat_templates.render(tokenizer, messages[: at + 1], reply=False).rstrip()
+            if not (text.startswith(before) and text.startswith(after) and content.strip() in after[len(before) :]):
+                raise RequestError(
+                    f"the tokenizer's chat template does not keep the turn {content.strip()[:60]!r} as it was, so that "
+                    "it cannot be trained on. Leave earlier turns out, or choose another model."
+                )
+            replies.append((len(before), len(after)))
+    return Prompt(text, _places(tokenizer, text, messages), replies)
+
+
+def _places(tokenizer: Any, text: str, messages: Sequence[Message]) -> list[Span]:
+    """Spans of the messages' contents in their rendered `text`; none where no content looks like a control token."""
+    pattern = control_tokens(tokenizer)
+    if pattern is None or not any(pattern.search(content) for _, content in messages):
+        return []
+    # Rendered with other words, the template's own text is what is left: a content may look like it.
+    masks = [f"content{at}of{len(messages)}" for at in range(len(messages))]
+    own = chat_templates.render(tokenizer, [(role, mask) for (role, _), mask in zip(messages, masks, strict=True)])
+    spans, end = [], 0
+    for mask, (_, content) in zip(masks, messages, strict=True):
+        before, found, own = own.partition(mask)
+        start = end + len(before) if found else text.find(content.strip(), end)
+        if text[start : start + len(content)] != content:  # trimmed by the template
+            content = content.strip()
+            start = max(text.find(content, start), end)
+        end = start + len(content)
+        spans.append((start, end))
+    return spans
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, template: str) -> list[int]:
     """Tokens of a rendered prompt: BOS once where the tokenizer adds one, and no EOS at the end.
 
-    A chat template writes its special tokens itself, so there the tokenizer adds none and none is taken away.
+    A chat template writes its special tokens itself, so there the tokenizer adds none and none is taken away. Earlier
+    turns of the assistant are tokenised apart, as responses are.
 
     Args:
         tokenizer: the model's.
@@ -172,18 +250,32 @@ def encode_prompt(tokenizer: Any, prompt: str, *, template: str) -> list[int]:
     Raises:
         RequestError: an unknown template.
     """
-    if get_template(template).wrapped:
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return _without_end(list(tokenizer(prompt)["input_ids"]), tokenizer)
+    return [token for ids, _ in _pieces(tokenizer, prompt, template) for token in ids]
+
+
+def _pieces(tokenizer: Any, prompt: str, template: str) -> list[tuple[list[int], bool]]:
+    """Tokens of a prompt piece by piece, and whether each is an earlier turn of the assistant."""
+    words, replies = getattr(prompt, "words", ()), getattr(prompt, "replies", ())
+    if not get_template(template).wrapped:
+        return [(_without_end(encode(tokenizer, prompt, words, add_special_tokens=True), tokenizer), False)]
+    edges = [0, *(edge for span in replies for edge in span), len(prompt)]
+    return [
+        (
+            encode(tokenizer, prompt[start:end], [(a - start, b - start) for a, b in words if start <= a < end]),
+            bool(odd % 2),
+        )
+        for odd, (start, end) in enumerate(itertools.pairwise(edges))
+    ]
 
 
 def encode_example(tokenizer: Any, example: Example, *, template: str, train_on_prompt: bool = False) -> Encoded:
-    """Prompt, response and EOS as tokens, with labels on the response and EOS.
+    """Prompt, response and EOS as tokens, with labels on the response and EOS, and on earlier turns of the assistant.
 
     Args:
         tokenizer: the model's.
         example: question and response. The response is trimmed, except where the template is joint: there prompt and
-            response are tokenised as one text, and `Encoded.prompt_length` is that of the prompt tokenised alone.
+            response are tokenised as one text, and `Encoded.prompt_length` is that of the prompt tokenised alone. An
+            end-of-sequence token that the data writes at the end of a response stands for the end.
         template: one of `TEMPLATES`.
         train_on_prompt: labels on all tokens.
 
@@ -193,17 +285,49 @@ def encode_example(tokenizer: Any, example: Example, *, template: str, train_on_
     end = tokenizer.eos_token_id
     if end is None:
         raise RequestError("this model's tokenizer has no end-of-sequence token, so a response could not end.")
-    prompt = render_prompt(template, example.question, example.input, tokenizer=tokenizer, stage="train")
-    prompt_ids = encode_prompt(tokenizer, prompt, template=template)
+    prompt = render_prompt(
+        template, example.question, example.input, tokenizer=tokenizer, stage="train", history=example.history
+    )
+    pieces = _pieces(tokenizer, prompt, template)
+    prompt_ids = [token for ids, _ in pieces for token in ids]
+    prompt_labels = [token if reply else IGNORED for ids, reply in pieces for token in ids]
+    response = _without_end_text(example.response, tokenizer)
     if get_template(template).joint:
-        input_ids = encode_prompt(tokenizer, prompt + example.response, template=template)
+        words = [*prompt.words, (len(prompt), len(prompt) + len(response))]
+        input_ids = _without_end(encode(tokenizer, prompt + response, words, add_special_tokens=True), tokenizer)
     else:
-        response_ids = list(tokenizer(example.response.strip(), add_special_tokens=False)["input_ids"])
+        response = response.strip()
+        response_ids = encode(tokenizer, response, [(0, len(response))])
         input_ids = prompt_ids + _without_end(response_ids, tokenizer)
     input_ids.append(end)
     length = min(len(prompt_ids), len(input_ids) - 1)
-    labels = list(input_ids) if train_on_prompt else [IGNORED] * length + input_ids[length:]
+    labels = list(input_ids) if train_on_prompt else prompt_labels[:length] + input_ids[length:]
     return Encoded(input_ids, labels, length)
+
+
+def holds_control_tokens(tokenizer: Any, example: Example) -> bool:
+    """Tell if the words of an example hold what the tokenizer takes for a control token; they are encoded as text.
+
+    Args:
+        tokenizer: the model's.
+        example: the example.
+    """
+    pattern = control_tokens(tokenizer)
+    texts = [example.question, example.input, _without_end_text(example.response, tokenizer)]
+    texts += [content for _, content in example.history]
+    return pattern is not None and any(pattern.search(text) for text in texts)
+
+
+def clock(template: str) -> str | None:
+    """Date that prompts of a template are told, as ISO 8601; None where they cannot ask.
+
+    Args:
+        template: one of `TEMPLATES`.
+
+    Raises:
+        RequestError: an unknown template.
+    """
+    return chat_templates.DATE.date().isoformat() if get_template(template).wrapped else None
 
 
 def response_of(text: str, template: str) -> str:
@@ -219,8 +343,16 @@ def response_of(text: str, template: str) -> str:
     return truncate_at_stop(text, get_template(template).stop)
 
 
+def _without_end_text(response: str, tokenizer: Any) -> str:
+    """Response without an EOS that the data writes at its end."""
+    end = str(tokenizer.eos_token)
+    while response.rstrip().endswith(end):
+        response = response.rstrip().removesuffix(end)
+    return response
+
+
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Token ids without EOS at the end: some tokenizers add it unasked, and some data writes it into the text."""
+    """Token ids without EOS at the end: some tokenizers add it unasked."""
     end = len(ids)
     while end and ids[end - 1] == tokenizer.eos_token_id:
         end -= 1

@@ -26,6 +26,7 @@ class MicroBatch:
         targets: (labels,): the labels.
         pack: the pack, where it is one.
         tokens: number of tokens, no padding counted and a shared prefix counted for every sequence.
+        examples: number of sequences.
     """
 
     inputs: "dict[str, torch.Tensor]"
@@ -33,6 +34,7 @@ class MicroBatch:
     targets: "torch.Tensor"
     pack: "Pack | None"
     tokens: int
+    examples: int
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the forward that `FastPaths` gives a model, which returns the sum of the losses."""
@@ -41,7 +43,7 @@ class MicroBatch:
         return {**self.inputs, **labels, "pack": self.pack, "seq_len": seq_len}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collator:
     """Makes micro-batches of neighbours in length from the examples of an optimiser step.
 
@@ -62,11 +64,16 @@ class Collator:
     device: Any = None
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Any]:
-        """Micro-batches of one step, and in ``labels`` all their targets, which Trainer counts."""
+        """Micro-batches of one step, what they are made of, and in ``labels`` their targets, which Trainer counts."""
         import torch
 
         micro_batches = self.make_micro_batches(examples)
-        return {"labels": torch.cat([micro.targets for micro in micro_batches]), "micro_batches": micro_batches}
+        return {
+            "labels": torch.cat([micro.targets for micro in micro_batches]),
+            "micro_batches": micro_batches,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "examples": examples,
+        }
 
     def make_micro_batches(self, examples: Sequence[Encoded]) -> list[MicroBatch]:
         """Divide `examples` into micro-batches."""
@@ -126,6 +133,7 @@ class Collator:
             to_device(targets, self.device, torch.int64),
             pack,
             sum(len(example.input_ids) for example in examples),
+            len(examples),
         )
 
 

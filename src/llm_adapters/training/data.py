@@ -1,16 +1,21 @@
 """From examples to encoded training data: the shuffle, encoding, what is too long, and the validation split."""
 
+import dataclasses
 import hashlib
 import json
+import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from llm_adapters.errors import RequestError
-from llm_adapters.tasks.examples import Example
-from llm_adapters.tasks.templates import IGNORED, Encoded, encode_example, render_prompt
+from llm_adapters.tasks.examples import Example, Examples
+from llm_adapters.tasks.templates import IGNORED, Encoded, encode_example, holds_control_tokens, render_prompt
+from llm_adapters.tasks.tokens import longest_token
 from llm_adapters.training.recipe import DataSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,10 @@ class TrainingData:
         questions: the questions trained on, for the contamination report.
         dropped: how many examples were longer than the limit and left out.
         truncated: how many were longer and truncated.
+        control_tokens: how many hold, in their words, what the tokenizer takes for a control token: it stays text.
         example: prompt and response of the first training example, as text.
         fingerprint: SHA-256 over the examples as they were read, in order.
+        reading: how the file was read: the columns of the fields, the unused ones, and what is to be told.
     """
 
     train: list[Encoded]
@@ -31,8 +38,10 @@ class TrainingData:
     questions: list[str]
     dropped: int
     truncated: int
+    control_tokens: int
     example: dict[str, str]
     fingerprint: str
+    reading: dict[str, Any] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Examples, tokens and labels, as the manifest reports them."""
@@ -44,6 +53,7 @@ class TrainingData:
             "longest": max(len(e.input_ids) for e in self.train),
             "dropped_too_long": self.dropped,
             "truncated_too_long": self.truncated,
+            "control_tokens_as_text": self.control_tokens,
         }
 
 
@@ -68,15 +78,15 @@ def prepare(
     """
     if context is not None and settings.max_length > context:
         raise RequestError(f"data.max_length is {settings.max_length}: the model takes at most {context} tokens")
-    chosen = list(examples)
-    random.Random(seed).shuffle(chosen)
-    encoded, counts = _encode(chosen, tokenizer, settings)
+    order = list(range(len(examples)))  # positions, since a million examples themselves would not fit as well
+    random.Random(seed).shuffle(order)
+    encoded, counts = _encode((examples[at] for at in order), tokenizer, settings)
     held_out = round(settings.validation * len(encoded)) if settings.validation < 1 else int(settings.validation)
     if settings.validation and held_out == 0:
         raise RequestError(f"data.validation is {settings.validation}: of {len(encoded)} examples that leaves none")
     if len(encoded) - held_out < 1:
         reason = (
-            f"all {len(chosen)} are longer than data.max_length, {settings.max_length} "
+            f"all {len(examples)} are longer than data.max_length, {settings.max_length} "
             f"(the longest: {counts.longest} tokens)"
             if not encoded
             else f"the validation split takes {held_out} of {len(encoded)}"
@@ -84,16 +94,29 @@ def prepare(
         raise RequestError(f"no example is left to train on: {reason}")
     validation, train = encoded[:held_out], encoded[held_out:]
     first = train[0][0]
-    prompt = render_prompt(settings.template, first.question, first.input, tokenizer=tokenizer, stage="train")
+    prompt = render_prompt(
+        settings.template, first.question, first.input, tokenizer=tokenizer, stage="train", history=first.history
+    )
+    held = sum(holds_control_tokens(tokenizer, example) for example, _ in encoded)
+    if held:
+        logger.warning("%d examples hold control tokens of the tokenizer in their words: they are read as text", held)
     return TrainingData(
         train=[tokens for _, tokens in train],
         validation=[tokens for _, tokens in validation],
         questions=[example.question for example, _ in train],
         dropped=counts.dropped,
         truncated=counts.truncated,
+        control_tokens=held,
         example={"prompt": prompt, "response": first.response},
         fingerprint=_fingerprint([example for example, _ in encoded]),
+        reading=_reading(examples),
     )
+
+
+def _reading(examples: Sequence[Example]) -> dict[str, Any]:
+    if not isinstance(examples, Examples):
+        return {}
+    return {"columns": examples.columns, "unused_columns": examples.unused, "notes": examples.notes}
 
 
 @dataclass
@@ -104,30 +127,40 @@ class _Counts:
 
 
 def _encode(
-    examples: list[Example], tokenizer: Any, settings: DataSettings
+    examples: Iterable[Example], tokenizer: Any, settings: DataSettings
 ) -> tuple[list[tuple[Example, Encoded]], _Counts]:
     """Encode `examples` up to `settings.limit`; what is too long is dropped, truncated or refused."""
     encoded: list[tuple[Example, Encoded]] = []
     counts = _Counts()
+    limit = settings.max_length
+    characters = limit * longest_token(tokenizer)  # of as many tokens, at most: what is longer need not be tokenised
     for example in examples:
         if len(encoded) == settings.limit:
             break
-        tokens = encode_example(
-            tokenizer, example, template=settings.template, train_on_prompt=settings.train_on_prompt
-        )
-        length, limit = len(tokens.input_ids), settings.max_length
+        too_long = _characters(example) > characters
+        if too_long and settings.too_long == "truncate":
+            example = dataclasses.replace(example, response=example.response[:characters])
+            too_long = _characters(example) > 2 * characters
+        if too_long:
+            tokens, length = None, limit + 1
+        else:
+            tokens = encode_example(
+                tokenizer, example, template=settings.template, train_on_prompt=settings.train_on_prompt
+            )
+            length = len(tokens.input_ids)
         counts.longest = max(counts.longest, length)
         if length > limit:
             if settings.too_long == "error":
                 raise RequestError(
-                    f"an example has {length} tokens, data.max_length is {limit}: "
-                    "raise it, or set data.too_long to drop or truncate"
+                    f"an example has {'more than ' if too_long else ''}{limit if too_long else length} tokens, "
+                    f"data.max_length is {limit}: raise it, or set data.too_long to drop or truncate"
                 )
-            if settings.too_long == "drop":
+            if settings.too_long == "drop" or tokens is None:
                 counts.dropped += 1
                 continue
             tokens = Encoded(tokens.input_ids[:limit], tokens.labels[:limit], tokens.prompt_length)
             counts.truncated += 1
+        assert tokens is not None
         if all(label == IGNORED for label in tokens.labels[1:]):
             counts.dropped += 1  # truncated before its response begins: there is nothing to learn from it
             continue
@@ -135,9 +168,15 @@ def _encode(
     return encoded, counts
 
 
+def _characters(example: Example) -> int:
+    words = [example.question, example.input, example.response, *(content for _, content in example.history)]
+    return sum(map(len, words))
+
+
 def _fingerprint(examples: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        fields = [example.question, example.input, example.response, example.answer]
+        fields: list[Any] = [example.question, example.input, example.response, example.answer]
+        fields += [example.history] if example.history else []
         digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

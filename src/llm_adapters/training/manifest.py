@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from llm_adapters.models import LoadedModel
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.tasks import leakage
+from llm_adapters.tasks.templates import clock
 from llm_adapters.training.data import TrainingData
+from llm_adapters.training.memory import peak_memory
 from llm_adapters.training.recipe import Recipe
 
 
@@ -23,6 +24,7 @@ def describe(
     state: Any,
     seconds: float,
     fast_paths: dict[str, str],
+    micro_batches: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that tells another person what a run was: what ran, on what, how fast, and what came of it.
 
@@ -35,9 +37,11 @@ def describe(
         state: Trainer's final state.
         seconds: how long the training took.
         fast_paths: the report of `FastPaths`.
+        micro_batches: the sizes of micro-batches (`Sizes.to_dict`).
     """
     import torch
 
+    memory = peak_memory(base.device)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,8 +69,10 @@ def describe(
             "name": recipe.data.train,
             "fingerprint": data.fingerprint,
             "template": recipe.data.template,
+            "template_date": clock(recipe.data.template),
             "example": data.example,
             **data.counts(),
+            **data.reading,
             "questions": leakage.fingerprint(data.questions).to_dict(),
         },
         "fast_paths": fast_paths,
@@ -76,12 +82,8 @@ def describe(
         "best_validation_loss": state.best_metric,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
-        "peak_memory_bytes": peak_memory(),
+        "micro_batch_tokens": micro_batches,
+        "peak_memory_bytes": memory.get("allocated", memory["host"]),
+        "peak_memory": memory,
         "command": sys.argv if sys.argv and sys.argv[0].endswith("llm-adapters") else None,
     }
-
-
-def peak_memory() -> int:
-    """Peak resident memory of the process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

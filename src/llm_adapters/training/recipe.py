@@ -1,19 +1,24 @@
 """The recipe: typed dataclasses that are the YAML schema, the command line's options and the record of what ran."""
 
 import dataclasses
+import importlib.util
 import sys
+import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_adapters.errors import RequestError, unknown
+from llm_adapters.compat.jsonargparse import Count, NotNegative, Positive, Seed
+from llm_adapters.documents import fits, read_yaml
+from llm_adapters.errors import RequestError, shortened, unknown
 from llm_adapters.tasks.answers import ProtocolName
 from llm_adapters.tasks.templates import TemplateName
 
 # Keys and values of earlier versions, and their present names.
 _RENAMED_KEYS = {("training", "accelerate"): "fast_paths"}
+_LEFT_OPEN = {"device"}  # keys whose "auto" is chosen anew by a run that is resumed
 _RENAMED_VALUES = {("data", "too_long"): {"cut": "truncate"}}
 
 
@@ -64,10 +69,10 @@ class DataSettings:
 
     train: str = "gsm8k-train"
     columns: dict[str, str | None] | None = None
-    limit: int | None = None
-    validation: float = 0
+    limit: Count | None = None
+    validation: NotNegative = 0
     template: TemplateName = "alpaca"
-    max_length: int = 512
+    max_length: Count = 512
     too_long: Literal["drop", "truncate", "error"] = "drop"
     train_on_prompt: bool = False
 
@@ -81,7 +86,7 @@ class TrainingSettings:
         max_steps: stop after so many optimiser steps, whatever `epochs` says; null for no limit.
         batch_size: sequences per optimiser step, over all processes.
         micro_batch_tokens: the most tokens computed at once, which decides memory and speed; the loss does not
-            depend on it.
+            depend on it. auto chooses from the device's memory and the model.
         micro_batch_size: the most sequences computed at once; null for no limit but the tokens.
         learning_rate: the peak learning rate of AdamW.
         warmup: steps until the peak; below 1, the share of all steps.
@@ -91,6 +96,8 @@ class TrainingSettings:
         seed: of the adapter's initial weights, the order of the data and dropout.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         fast_paths: compute the same with less work, wherever that is possible (the manifest says where).
+        cuda_graphs: on a GPU, capture the passes over packs of round sizes and replay them, at next to no cost to the
+            host; where that cannot be, the manifest says why.
         log_every: steps between lines in log.jsonl.
         evaluate_every: steps between measurements of the validation loss; null for once an epoch.
         save_every: steps between checkpoints to resume from; null for once an epoch.
@@ -99,24 +106,25 @@ class TrainingSettings:
         trackers: report to tensorboard, wandb, mlflow or trackio as well.
     """
 
-    epochs: float = 3
-    max_steps: int | None = None
-    batch_size: int = 16
-    micro_batch_tokens: int = 2688
-    micro_batch_size: int | None = None
-    learning_rate: float = 3e-4
-    warmup: float = 0.1
+    epochs: Positive = 3
+    max_steps: Count | None = None
+    batch_size: Count = 16
+    micro_batch_tokens: Count | Literal["auto"] = "auto"
+    micro_batch_size: Count | None = None
+    learning_rate: Positive = 3e-4
+    warmup: NotNegative = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 42
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    seed: Seed = 42
     gradient_checkpointing: bool = False
     fast_paths: bool = True
-    log_every: int = 5
-    evaluate_every: int | None = None
-    save_every: int | None = None
+    cuda_graphs: bool = True
+    log_every: Count = 5
+    evaluate_every: Count | None = None
+    save_every: Count | None = None
     keep_best: bool = False
-    early_stopping: int | None = None
+    early_stopping: Count | None = None
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
 
 
@@ -133,10 +141,10 @@ class EvaluationSettings:
     """
 
     tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
+    limit: Count | None = None
     protocol: ProtocolName = "default"
-    max_new_tokens: int = 256
-    batch_size: int | None = None
+    max_new_tokens: Count = 256
+    batch_size: Count | None = None
 
 
 @dataclass
@@ -161,43 +169,35 @@ class Recipe:
         """The recipe as plain mappings, lists and values, for YAML and JSON."""
         return dataclasses.asdict(self)
 
+    def resolved(self, **chosen: dict[str, Any]) -> "Recipe":
+        """A copy with what was `chosen` where "auto" was asked for: by section, the values of its keys.
+
+        Of earlier runs the record says it: ``recipe.resolved(**RunFolder(path).read_config())``.
+        """
+        document = self.to_dict()
+        for section, values in document.items():
+            for key, value in values.items():
+                if value == "auto" and key not in _LEFT_OPEN and chosen.get(section, {}).get(key) is not None:
+                    values[key] = chosen[section][key]
+        sections = {f.name: f.default_factory for f in dataclasses.fields(self)}
+        return Recipe(**{name: sections[name](**values) for name, values in document.items()})  # type: ignore[operator]
+
     def check(self) -> None:
-        """Refuse values that the types allow and no run can use.
+        """Refuse values that the types allow one by one, and no run can use.
 
         Raises:
             RequestError: names the key, the value and what is allowed.
         """
-        t, d, e = self.training, self.data, self.evaluation
-        for key, value, least in (
-            ("training.batch_size", t.batch_size, 1),
-            ("training.micro_batch_tokens", t.micro_batch_tokens, 1),
-            ("training.micro_batch_size", t.micro_batch_size, 1),
-            ("training.log_every", t.log_every, 1),
-            ("training.max_steps", t.max_steps, 1),
-            ("training.evaluate_every", t.evaluate_every, 1),
-            ("training.save_every", t.save_every, 1),
-            ("training.early_stopping", t.early_stopping, 1),
-            ("training.warmup", t.warmup, 0),
-            ("training.weight_decay", t.weight_decay, 0),
-            ("training.seed", t.seed, 0),
-            ("data.limit", d.limit, 1),
-            ("data.max_length", d.max_length, 2),
-            ("data.validation", d.validation, 0),
-            ("evaluation.limit", e.limit, 1),
-            ("evaluation.max_new_tokens", e.max_new_tokens, 1),
-            ("evaluation.batch_size", e.batch_size, 1),
-        ):
-            if value is not None and not value >= least:
-                raise RequestError(f"{key} is {value}: it must be at least {least}")
-        for key, number in (
-            ("training.epochs", t.epochs),
-            ("training.learning_rate", t.learning_rate),
-            ("training.max_grad_norm", t.max_grad_norm),
-        ):
-            if not 0 < number < float("inf"):
-                raise RequestError(f"{key} is {number}: it must be above 0 and finite")
+        t, d = self.training, self.data
         if d.validation >= 1 and d.validation != int(d.validation):
             raise RequestError(f"data.validation is {d.validation}: a whole number of examples, or a share below 1")
+        if d.max_length < 2:
+            raise RequestError(f"data.max_length is {d.max_length}: an example has at least 2 tokens")
+        if missing := [name for name in t.trackers if importlib.util.find_spec(name) is None]:
+            raise RequestError(
+                f"training.trackers names {missing[0]}, which is not installed: pip install {missing[0]}"
+            )
+        _check_options("adapter.options", self.adapter.options)
         for key, on in (
             ("training.keep_best", t.keep_best),
             ("training.early_stopping", t.early_stopping),
@@ -215,38 +215,97 @@ def load_recipe(source: "Recipe | Mapping[str, Any] | str | Path") -> Recipe:
     Raises:
         RequestError: the file is missing or not YAML; a key is unknown or a value has the wrong type.
     """
-    if isinstance(source, Recipe):
-        recipe = source
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not _is_file(path):
+            raise RequestError(f"no recipe file {shortened(str(path))!r}")
+        document = read_yaml(path, "recipe")
     else:
-        from argparse import ArgumentError
-
-        import yaml
-        from jsonargparse import ArgumentParser
-
-        from llm_adapters.compat.jsonargparse import readable
-
-        if isinstance(source, str | Path):
-            path = Path(source)
-            if not path.is_file():
-                raise RequestError(f"no recipe file {str(path)!r}")
-            try:
-                document = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        else:
-            document = dict(source)
-        if not isinstance(document, dict):
-            raise RequestError(f"a recipe is a mapping with the keys {', '.join(Recipe.__dataclass_fields__)}")
-        document = _upgraded(document)
-        _check_keys(document)
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(Recipe, "recipe")
-        try:
-            recipe = parser.instantiate(parser.parse_object({"recipe": document})).recipe
-        except (ArgumentError, TypeError, ValueError) as error:
-            raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from error
+        document = _sections(source) if isinstance(source, Recipe) else source
+    if not isinstance(document, Mapping):
+        raise RequestError(f"a recipe is a mapping with the keys {', '.join(Recipe.__dataclass_fields__)}")
+    document = _upgraded(document)
+    _check_keys(document)
+    recipe = _typed(document)
     recipe.check()
     return recipe
+
+
+def _typed(document: Mapping[str, Any]) -> Recipe:
+    """A recipe of `document`, whose keys are known, with every value's type checked."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    from llm_adapters.compat.jsonargparse import readable
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, "recipe")
+    try:
+        # What the parser would copy without looking, and what it would take for "not given", is put in afterwards.
+        options = document.get("adapter", {}).get("options", {})
+        found = parser.parse_object({"recipe": {**document, "adapter": {**document.get("adapter", {}), "options": {}}}})
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from None
+    kinds = typing.get_type_hints(Recipe)
+    recipe = Recipe(**{name: kind(**_plain(found.recipe[name].as_dict())) for name, kind in kinds.items()})
+    recipe.adapter.options = _plain(options)
+    return recipe
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _sections(recipe: Recipe) -> dict[str, Any]:
+    """Sections of a recipe that was put together in Python, where a section may be a plain mapping."""
+    return {
+        section.name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+        for section in dataclasses.fields(recipe)
+        for value in [getattr(recipe, section.name)]
+    }
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """`value` in the types that YAML has: the parser's bounded numbers are classes of their own."""
+    if depth > _DEEPEST:
+        return value  # `_check_options` refuses it
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, depth + 1) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, bool):
+        return value
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+_DEEPEST = 10
+
+
+def _check_options(key: str, value: Any, depth: int = 0) -> None:
+    """Refuse what YAML has no word for, numbers that are not finite, and what is too deep (or holds itself)."""
+    if depth > _DEEPEST:
+        raise RequestError(f"{shortened(key)} is nested more than {_DEEPEST} deep, or holds itself")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise RequestError(f"{key} has the key {name!r}: keys are texts")
+            _check_options(f"{key}.{name}", inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_options(key, inner, depth + 1)
+    elif not fits(value, bool | int | float | str | None):
+        raise RequestError(
+            f"{shortened(key)} is {shortened(str(value), 60)}: a finite number, a text, true, false or null is needed"
+        )
 
 
 def upgraded_options(words: list[str]) -> list[str]:
@@ -314,3 +373,7 @@ def _check_keys(document: Mapping[str, Any]) -> None:
         for key in values:
             if key not in known:
                 raise unknown(f"key of {section}", key, known)
+        hints = typing.get_type_hints(sections[section])
+        for key, value in values.items():
+            if value is None and type(None) not in typing.get_args(hints[key]):
+                raise RequestError(f"{section}.{key} has no value (null): give it one, or leave the line out")

@@ -15,14 +15,16 @@ import yaml
 from llm_adapters import methods
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
-from llm_adapters.files import write_json, write_text
+from llm_adapters.files import check_folder, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load_base, model_config
+from llm_adapters.models.insertion import insert
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
-from llm_adapters.training import checkpoints, manifest
+from llm_adapters.training import checkpoints, manifest, sizes
 from llm_adapters.training.collator import Collator
 from llm_adapters.training.data import TrainingData, prepare
+from llm_adapters.training.memory import reset_peak_memory
 from llm_adapters.training.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class Run:
         return str(self.folder)
 
     @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that training took of its device, in tensors; on a CPU, of the process."""
+        return self.manifest["peak_memory_bytes"]
+
+    @property
     def adapter(self) -> Path:
         """The adapter's folder."""
         return RunFolder(self.folder).adapter
@@ -84,6 +91,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     recipe = load_recipe(recipe)
     folder = RunFolder(output)
     resumes = _check_output(folder, recipe)
+    if resumes:
+        recipe = recipe.resolved(**folder.read_config())
     methods.check_options(recipe.adapter.method, recipe.adapter.options)
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
@@ -91,26 +100,34 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
-    model = _insert(base.model, config)
+    model = insert(base.model, config)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()
 
     processes = _Processes(base.device.type == "cpu")
+    tokens: Any = recipe.training.micro_batch_tokens
+    if tokens == "auto":
+        tokens = processes.agree(sizes.choose(model, base.device, recipe.training.gradient_checkpointing))
     processes.wait()  # nobody writes before all have looked at the folder
-    # What is not in a recipe's text but decides the result: the precision that "auto" came to.
-    resolved = recipe.to_dict()
-    resolved["model"]["dtype"] = str(base.dtype).removeprefix("torch.")
+    # What is not in a recipe's text but decides the result: what "auto" came to.
+    recipe = recipe.resolved(
+        model={"dtype": str(base.dtype).removeprefix("torch.")}, training={"micro_batch_tokens": tokens}
+    )
     if processes.first:
-        write_text(folder.config, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        write_text(folder.config, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
     processes.wait()
+    micro_batches = sizes.Sizes(int(recipe.training.micro_batch_tokens), folder.sizes)
+    reset_peak_memory(base.device)
     with quiet():
         started = time.monotonic()
         with FastPaths(model, recipe.training.fast_paths) as fast:
-            recorder, state = _fit(model, base, data, recipe, folder, resumes, progress, fast.packs)
+            recorder, state = _fit(model, base, data, recipe, micro_batches, folder, resumes, progress, fast)
         _check_finite(model)
         model.eval()
         seconds = time.monotonic() - started
-        document = manifest.describe(recipe, base, model, data, recorder, state, seconds, fast.report)
+        document = manifest.describe(
+            recipe, base, model, data, recorder, state, seconds, fast.report, micro_batches.to_dict()
+        )
         if processes.first:
             checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
             write_json(folder.manifest, document)  # last: its presence says that the run is finished
@@ -130,6 +147,14 @@ class _Processes:
             self._state = PartialState(cpu=cpu)
         self.first = self._state is None or self._state.is_main_process
 
+    def agree(self, value: Any) -> Any:
+        """The `value` of the first process, in all."""
+        if self._state is None:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
     def wait(self) -> None:
         """Until all are here."""
         if self._state is not None:
@@ -143,10 +168,9 @@ def _check_output(run: RunFolder, recipe: Recipe) -> bool:
         RequestError: it holds anything else.
     """
     folder = run.path
+    check_folder(folder, "the output")
     if not folder.exists():
         return False
-    if not folder.is_dir():
-        raise RequestError(f"the output {str(folder)!r} is a file: name a folder")
     if not any(folder.iterdir()):
         return False
     if not run.config.is_file():
@@ -166,24 +190,10 @@ def _is_of(run: RunFolder, recipe: Recipe) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # an earlier version wrote it, nobody can change that
-            before = load_recipe(run.read_config()).to_dict()
+            before = load_recipe(run.read_config())
     except RequestError:
         return False
-    now = recipe.to_dict()
-    if now["model"]["dtype"] == "auto":
-        now["model"]["dtype"] = before["model"]["dtype"]
-    return before == now
-
-
-def _insert(model: Any, config: Any) -> "PeftModel":
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"the adapter does not fit the model: {error}") from error
+    return before == recipe.resolved(**before.to_dict())
 
 
 def _fit(
@@ -191,15 +201,17 @@ def _fit(
     base: LoadedModel,
     data: TrainingData,
     recipe: Recipe,
+    micro_batches: sizes.Sizes,
     folder: RunFolder,
     resumes: bool,
     progress: bool,
-    packed: bool,
+    fast_paths: FastPaths,
 ) -> tuple[Any, Any]:
     """Run Trainer; returns the recorder and Trainer's final state."""
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from llm_adapters.training.graphs import MicroBatchGraphs
     from llm_adapters.training.progress import TrainingProgress
     from llm_adapters.training.trainer import AdapterTrainer, Recorder, StopOnSignal
 
@@ -210,15 +222,17 @@ def _fit(
         args=arguments,
         data_collator=Collator(
             base.tokenizer.pad_token_id,
-            packed,
-            recipe.training.micro_batch_tokens,
+            fast_paths.packs,
+            micro_batches.start,
             recipe.training.micro_batch_size,
             base.device,
         ),
+        sizes=micro_batches,
         train_dataset=data.train,
         eval_dataset=data.validation or None,
         callbacks=[stop],
     )
+    trainer.graphs = MicroBatchGraphs(model, fast_paths, on=recipe.training.cuda_graphs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if recipe.training.early_stopping:
@@ -234,6 +248,7 @@ def _fit(
     with display or contextlib.nullcontext(), stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.check_loss()
+    fast_paths.report["CUDA graphs"] = trainer.graphs.report
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint: "

@@ -1,36 +1,57 @@
 """transformers' Trainer with this project's loss, order of data and validation, and the callbacks of a run."""
 
 import contextlib
+import functools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_adapters.compat.trainer import StepTrainer
+from llm_adapters.compat.transformers import recomputes_activations
 from llm_adapters.errors import WorkError
+from llm_adapters.ops import dropout
 from llm_adapters.runs import RunFolder
 from llm_adapters.training import checkpoints
-from llm_adapters.training.collator import Shuffle
+from llm_adapters.training.collator import Collator, MicroBatch, Shuffle
+from llm_adapters.training.graphs import MicroBatchGraphs
+from llm_adapters.training.halving import DoesNotFitError, RandomState, computing, until_it_fits
+from llm_adapters.training.memory import release_memory
+from llm_adapters.training.sizes import Sizes
+
+Result = TypeVar("Result")
 
 
 class AdapterTrainer(StepTrainer):
     """Trainer whose batch is a whole optimiser step, divided into micro-batches by the collator.
 
     The loss is the mean over the labels of the step, however it is divided and over however many processes.
+
+    Args:
+        args: Trainer's.
+        sizes: tokens of a micro-batch at each step; None for those of the collator.
+        kwargs: Trainer's.
     """
 
     tokens_seen = 0  # by this process, no padding counted
+    graphs: MicroBatchGraphs | None = None  # of its micro-batches
+    _recomputes: bool | None = None  # activations, in the backward pass; known when Trainer has prepared the model
     _unchecked: "tuple[int, torch.Tensor, torch.cuda.Event] | None" = (
         None  # step, its loss on the host, when it is there
     )
+
+    def __init__(self, *args: Any, sizes: Sizes | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sizes = sizes or Sizes(self.data_collator.micro_batch_tokens)
 
     def training_step(
         self,
@@ -38,24 +59,77 @@ class AdapterTrainer(StepTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The gradients of one optimiser step; a loss that is not finite ends the run."""
+        """The gradients of one optimiser step; a loss that is not finite ends the run.
+
+        Where memory is used up, the step is done again from its start in smaller micro-batches.
+        """
         model.train()
-        micro_batches = inputs["micro_batches"]
         count = num_items_in_batch if num_items_in_batch is not None else len(inputs["labels"])
-        total = torch.zeros((), device=self.args.device)
-        for index, micro in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
-                    loss = model(**micro.arguments())["loss"] / count * self.accelerator.num_processes
-                # Backward functions are Python's own: a thread for them would only wait for this one.
-                with torch.autograd.set_multithreading_enabled(False):
-                    self.accelerator.backward(loss)
-            total += loss.detach()
+        step, start = self.state.global_step + 1, RandomState(self.args.device)
+
+        def compute() -> tuple[list[MicroBatch], torch.Tensor]:
+            micro_batches = self._micro_batches(inputs, step)
+            return micro_batches, self._accumulate(model, micro_batches, count)
+
+        def undo() -> None:
+            start.restore()
+            model.zero_grad()
+
+        micro_batches, total = self._within_memory(compute, undo, step)
         self._check_later(total)
         self.tokens_seen += sum(micro.tokens for micro in micro_batches)
         return total
+
+    def _within_memory(self, compute: Callable[[], Result], undo: Callable[[], None], step: int) -> Result:
+        """`until_it_fits`; before anything is halved, the graphs give their memory back."""
+
+        def attempt() -> Result:
+            try:
+                return compute()
+            except DoesNotFitError:
+                if self.graphs is None or not self.graphs.release():
+                    raise
+            undo()
+            release_memory()
+            return compute()
+
+        return until_it_fits(attempt, undo, self.sizes, step, self.accelerator.num_processes)
+
+    def _micro_batches(self, batch: dict[str, Any], step: int) -> list[MicroBatch]:
+        """The micro-batches of a batch in the size of `step`, which may not be the one that it was collated in."""
+        collator: Collator = self.data_collator
+        collator.micro_batch_tokens = self.sizes.at(step)
+        if batch["micro_batch_tokens"] == collator.micro_batch_tokens:
+            return batch["micro_batches"]
+        return collator.make_micro_batches(batch["examples"])
+
+    def _accumulate(
+        self, model: torch.nn.Module, micro_batches: list[MicroBatch], count: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Add the gradients of all micro-batches; returns their loss."""
+        compute = functools.partial(self._compute, model)
+        total = torch.zeros((), device=self.args.device)
+        if self.graphs is not None:
+            self.graphs.begin_step()
+        for index, micro in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with computing(micro), contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self.graphs.run(micro, count, compute) if self.graphs is not None else None
+                total += compute(micro.arguments(), count) if loss is None else loss
+        return total
+
+    def _compute(self, model: torch.nn.Module, arguments: dict[str, Any], count: torch.Tensor | int) -> torch.Tensor:
+        """A micro-batch's share in the loss of the step, whose gradients are added."""
+        if self._recomputes is None:
+            self._recomputes = recomputes_activations(model)
+        seeds = contextlib.nullcontext() if self._recomputes else dropout.seeds_drawn_together()
+        with self.compute_loss_context_manager(), seeds:
+            # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
+            loss = model(**arguments)["loss"] / count * self.accelerator.num_processes
+        # Backward functions are Python's own: a thread for them would only wait for this one.
+        with torch.autograd.set_multithreading_enabled(False):
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def _check_later(self, loss: torch.Tensor) -> None:
         """Check that a step's loss is finite; on a GPU when the next step has begun, so that the host never waits."""
@@ -100,12 +174,19 @@ class AdapterTrainer(StepTrainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with torch.inference_mode():
+        step = self.state.global_step + 1  # what does not fit here is not tried again there
+
+        def compute() -> torch.Tensor:
+            total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
             for batch in self.get_eval_dataloader():
-                for micro in batch["micro_batches"]:
-                    total[0] += model(**micro.arguments())["loss"].double()
+                for micro in self._micro_batches(batch, step):
+                    with computing(micro):
+                        total[0] += model(**micro.arguments())["loss"].double()
                     total[1] += len(micro.targets)
+            return total
+
+        with torch.inference_mode():
+            total = self._within_memory(compute, lambda: None, step)
         model.train(was_training)
         gathered = self.accelerator.reduce(total, "sum")
         metrics = {"eval_loss": (gathered[0] / gathered[1]).item()}

@@ -1,23 +1,31 @@
 """Compilation of the functions in csrc by the machine's own C compiler, when they are first used.
 
-It takes a second or two for each precision; the result is kept in the cache.
+It takes a second or two for each precision; the result is kept in the cache. What is loaded runs with the user's
+rights, so only a file that is theirs, that nobody else can write and that is whole is taken from there.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from llm_adapters.errors import WorkError
-from llm_adapters.files import cache_folder
+from llm_adapters.errors import WorkError, first_line
+from llm_adapters.files import atomic, cache_folder
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
@@ -29,7 +37,7 @@ _PRECISIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 def load(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The library for this precision; else the reason why it is not available."""
     try:
-        return ctypes.CDLL(str(compiled(dtype)))
+        return ctypes.CDLL(str(compiled(dtype).resolve()))
     except (OSError, WorkError) as error:
         return str(error)
 
@@ -51,15 +59,71 @@ def compiled(dtype: torch.dtype) -> Path:
     # A cache may be shared by machines, and what is compiled for one processor does not run on another.
     sources = [file.read_text("utf-8") for file in sorted(SOURCES.glob("*.[ch]"))]
     parts = *sources, os.path.realpath(compiler), *flags, _processor()
-    path = cache_folder("kernels") / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            # Linked without OpenMP, so that the one that torch has loaded is used, and not a second one beside it.
-            _run([compiler, *flags, "-c", str(SOURCES / "kernels.c"), "-o", f"{folder}/kernels.o"])
-            _run([compiler, "-shared", f"{folder}/kernels.o", "-o", f"{folder}/kernels.so"])
-            os.replace(f"{folder}/kernels.so", path)
-    return path
+    name = f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            path = folder / name
+            if not _is_whole(path):
+                _compile([compiler, *flags], path)
+            return path
+    raise WorkError("there is no folder to keep them in")
+
+
+def _folders() -> Iterator[Path]:
+    """The cache, where it is the user's alone; else a folder of this process."""
+    folder = cache_folder("kernels")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if _is_ours(folder):
+            yield folder
+        else:
+            logger.warning(
+                "%s can be written by others: kernels are compiled anew (chmod go-w, if it is yours)", folder
+            )
+    except OSError as error:
+        logger.warning("the cache cannot be written, kernels are compiled anew (%s)", first_line(error))
+    yield _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="llm-adapters-kernels-")  # the user's alone
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """True if `path` belongs to this user and nobody else can write to it."""
+    status = path.lstat()
+    return status.st_uid == os.getuid() and not stat.S_ISLNK(status.st_mode) and not status.st_mode & 0o022
+
+
+def _is_whole(path: Path) -> bool:
+    """True if the library at `path` is ours and what was written there, by its digest beside it."""
+    try:
+        digest = _digest_file(path)
+        if not (_is_ours(path) and _is_ours(digest)):
+            return False
+        return hashlib.sha256(path.read_bytes()).hexdigest() == digest.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _compile(command: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        # Linked without OpenMP, so that the one that torch has loaded is used, and not a second one beside it.
+        _run([*command, "-c", str(SOURCES / "kernels.c"), "-o", f"{folder}/kernels.o"])
+        _run([command[0], "-shared", f"{folder}/kernels.o", "-o", f"{folder}/kernels.so"])
+        library = Path(folder, "kernels.so").read_bytes()
+    for file, content in ((path, library), (_digest_file(path), hashlib.sha256(library).hexdigest().encode())):
+        with atomic(file, "wb") as stream:
+            stream.write(content)
+        file.chmod(0o600)
 
 
 def _run(command: list[str]) -> None:

@@ -4,6 +4,7 @@ import torch
 
 from llm_adapters.ops.cpu.allocator import empty
 from llm_adapters.ops.cpu.prototypes import check_shape, library_for
+from llm_adapters.ops.cross_entropy import IGNORE_INDEX
 from llm_adapters.ops.dropout import threshold
 
 
@@ -139,20 +140,21 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: (rows, vocab_size).
-        targets: (rows,), int64.
+        targets: (rows,), int64; `IGNORE_INDEX` for no loss and no gradient.
 
     Returns:
         (rows,), float32.
 
     Raises:
-        IndexError: a target is not in the vocabulary.
+        IndexError: another target is not in the vocabulary.
     """
     rows, vocab_size = logits.shape
     check_shape("the targets", targets, (rows,))
     smallest, largest = (int(bound) for bound in targets.aminmax())
     if smallest < 0 or largest >= vocab_size:
-        wrong = smallest if smallest < 0 else largest
-        raise IndexError(f"label {wrong} of a vocabulary of {vocab_size}")
+        wrong = targets[(targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))]
+        if len(wrong):
+            raise IndexError(f"label {int(wrong[0])} of a vocabulary of {vocab_size}")
     losses = torch.empty(rows)
     library_for(logits).call("cross_entropy", logits, targets.contiguous(), losses, rows, vocab_size)
     return losses

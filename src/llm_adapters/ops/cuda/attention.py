@@ -47,7 +47,7 @@ def packed_attention(
     if scores.alibi_slopes is not None:
         query, key, value = _with_alibi(query, key, value, pack, scores.alibi_slopes / scores.scale)
     index = pack.varlen
-    if pack.prefix:
+    if pack.shares_prefix:
         key, value = (part.index_select(0, index.key_index) for part in (key, value))
     window = -1 if scores.window is None else scores.window - 1
     options: dict[str, Any] = {"scale": scores.scale, "window_size": (window, 0)}

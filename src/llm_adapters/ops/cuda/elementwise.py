@@ -246,21 +246,23 @@ def _cross_entropy_kernel(logits, targets, losses, vocab_size: tl.constexpr, BLO
         largest = above
     highest = tl.max(largest)
     normaliser = highest + tl.log(tl.sum(total * tl.exp(largest - highest)))
-    at_target = tl.load(values + target).to(tl.float32)
+    ignored = target < 0
+    at_target = tl.load(values + tl.maximum(target, 0)).to(tl.float32)
     tl.debug_barrier()  # everyone has read the target before anyone writes
     for start in range(0, vocab_size, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab_size
         prob = tl.exp(tl.load(values + columns, inside, other=0.0).to(tl.float32) - normaliser)
-        prob -= tl.where(columns == target, 1.0, 0.0)
+        prob = tl.where(ignored, 0.0, prob - tl.where(columns == target, 1.0, 0.0))
         tl.store(values + columns, prob.to(logits.dtype.element_ty), inside)
-    tl.store(losses + row, normaliser - at_target)
+    tl.store(losses + row, tl.where(ignored, 0.0, normaliser - at_target))
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of each row, (rows,), float32; `logits` (rows, vocab_size), contiguous, become their gradient.
 
-    A target outside the vocabulary is not looked for, as that would wait for the device.
+    A negative target is ignored: no loss, no gradient. One beyond the vocabulary is not looked for, as that would wait
+    for the device.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     if len(logits):

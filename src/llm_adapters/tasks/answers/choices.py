@@ -6,6 +6,7 @@
 import re
 from collections.abc import Iterable
 
+from llm_adapters.tasks.answers import languages
 from llm_adapters.tasks.answers.declarations import DENIAL, FILLER, DeclaredAnswer, Extractor
 
 # --- letters
@@ -33,9 +34,11 @@ _LETTER_UNDECLARED = re.compile(
     """,
     re.VERBOSE | re.MULTILINE,
 )
+_BEFORE_OTHER_SCRIPT = re.compile(r"(?<![A-Za-z])([A-Ha-h])(?=[^\x00-\u02ff])")  # B选项
 
 
 def _clean_letter(text: str) -> str:
+    text = _BEFORE_OTHER_SCRIPT.sub(r"\1 ", text)
     text = _without_listing(_LETTER_LIST.sub(" ", text), _LETTER_MARKER, "ABC")
     return _DENIED_LETTER.sub(" ", text)
 
@@ -155,6 +158,8 @@ def _clean_boolean(text: str) -> str:
 
 
 def _declared_boolean(answer: DeclaredAnswer) -> str | None:
+    if answer.language is not None and (value := languages.truth(answer.text, answer.language)):
+        return value
     match = _TRUTH_FIRST.match(answer.text) if answer.style != "answer first" else None
     return _truth(match or _last(_TRUE_OR_FALSE.finditer(answer.text)))
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from llm_adapters.tasks.answers.languages import LANGUAGES, Language
+
 REACH = 300  # characters: a declared answer is near the words that declare it; also bounds the work per match
 
 
@@ -17,12 +19,14 @@ class DeclaredAnswer:
         style: ``"sentence"`` ("the answer is 5"), ``"label"`` ("Answer: 5"), ``"mark"`` ("#### 5"), ``"box"``
             (``\\boxed{5}``) or ``"answer first"`` ("5 is the answer").
         digits_follow: digits follow a label's clause, other than in its explanation.
+        language: the language of the words that declare it; None where that is English.
     """
 
     start: int
     text: str
     style: str
     digits_follow: bool = False
+    language: Language | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ _EXPLAINED = re.compile(r"\W{1,8}(?:explanation|reason|rationale|justification|p
 _BLANK = re.compile(r"(?:[\s:,*_\"'~=>|-]|\.\.+|…|\\[\[(])*+")
 _SIGN = re.compile(r"-$|(?<!\n)- $")  # but "- 5" on a line of its own is a bullet
 _STEPS = re.compile(r"\n ?1[.)] +[A-Za-z*].*\n\s*2[.)] ")  # "Answer:", then numbered steps
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[\"')\]*}]|[A-Z][a-z])|[\n;]")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[\"')\]*}]|[A-Z][a-z]|[^\x00-\x7f])|[\n;。।]")
 _SENTENCE_BREAK = re.compile(r"[.!?]\s|[\n;]")
 
 
@@ -121,6 +125,19 @@ def declared_answers(text: str) -> Iterator[DeclaredAnswer]:
         if text[end : end + 1] != "?":
             before = text[max(0, match.start() - REACH) : match.start()]
             yield DeclaredAnswer(match.start(), _SENTENCE_BREAK.split(before)[-1], "answer first")
+    yield from _in_other_languages(text, last_digit)
+
+
+def _in_other_languages(text: str, last_digit: int) -> Iterator[DeclaredAnswer]:
+    for language in LANGUAGES.values():
+        for match in language.declaration.finditer(text):
+            clause, end = _clause(text, match.end())
+            if text[end : end + 1] == "?":
+                continue
+            lead_in = language.lead_in.match(clause)
+            clause = clause[lead_in.end() :] if lead_in else clause
+            style = "label" if match[0].endswith((":", "=")) else "sentence"
+            yield DeclaredAnswer(match.start(), clause, style, style == "label" and last_digit >= end, language)
 
 
 def _clause(text: str, start: int) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llm_adapters.tasks.answers import languages
 from llm_adapters.tasks.answers.declarations import DENIAL, FILLER, DeclaredAnswer, Extractor
 
 
@@ -75,6 +76,7 @@ def normalise(text: str) -> str:
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(_SUPERSCRIPT_DIGITS), text.translate(_PLAIN))
         text = "".join(char if char.isascii() else _plain(char) for char in text)
+        text = languages.without_scales(text)
     text = text.replace("\t", " ")
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
@@ -232,6 +234,10 @@ def _without_denied(text: str) -> str:
 def _declared_number(answer: DeclaredAnswer) -> float | None:
     """Number that a declared answer names: the one its clause begins with, else the one after a verb, or the last."""
     clause = re.sub(r"(?<=\d) / (?=\d)", "/", answer.text)
+    if answer.language is not None:
+        clause = languages.with_decimal_points(clause) if answer.language.decimal_comma else clause
+        if (numeral := languages.numeral(clause)) is not None:
+            return numeral
     clause = _GROUPS.sub(lambda m: m[1] + m[2].replace(" ", ""), clause)
     found = find(clause)
     if answer.style == "answer first":

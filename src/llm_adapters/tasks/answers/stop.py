@@ -1,10 +1,19 @@
-"""The end of a response: everything that a model writes beyond its answer is cut here, and nowhere else.
+"""The response in what a model writes: what comes before and beyond it is cut here, and nowhere else.
 
-Three things end a response, from the outside in: the stop of the prompt template, the next turn of the conversation
-(whatever the template), and the line ``#### 5`` that closes a solution by GSM8K's convention.
+What a model thinks aloud comes before it. Three things end it, from the outside in: the stop of the prompt template,
+the next turn of the conversation (whatever the template), and the line ``#### 5`` that closes a solution by GSM8K's
+convention.
 """
 
 import re
+
+from llm_adapters.tasks.answers.languages import QUESTIONS
+
+_THOUGHT = r"(?:(?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis)"
+_OPENS = rf"<{_THOUGHT}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+_CLOSES = rf"</{_THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+_THOUGHTS = re.compile(rf"(?:{_OPENS})(?:(?!{_OPENS}|{_CLOSES}).)*+(?:{_CLOSES})", re.IGNORECASE | re.DOTALL)
+_OPEN, _CLOSE = re.compile(_OPENS, re.IGNORECASE), re.compile(_CLOSES, re.IGNORECASE)
 
 _NEXT_TURN = re.compile(
     r"""
@@ -14,12 +23,32 @@ _NEXT_TURN = re.compile(
     (?: (?: (?P<answerer>assistant) | human | user | system | instruction | input
           | (?:next\ )?(?:question|problem|exercise|q) (?:\ ?\d{1,3})? ) [*_ ]{0,3} : [*_]{0,2}
       | (?:question|problem|exercise|q) \ ?\d{1,3} (?: [.)*_]{1,3}(?!\w) | \ ?$ ) )
+  | ^ [ \t>*_\#]{0,8} (?: """
+    + QUESTIONS
+    + r""" ) [*_ ]{0,3} [:：]
   | below\ is\ an\ instruction\ that
   | <\|[a-z0-9_]{1,30}\|> | </?s> | <(?:eos|bos|pad|end_of_turn|start_of_turn)> | \[/?INST\]
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _SOLUTION_END = re.compile(r"^ ?#### ?[-+]?\.?\d[\d.,/:]*%?(?: [a-z]{1,20})?[. ]*$", re.MULTILINE)
+
+
+def without_thoughts(text: str) -> str:
+    """Text without what a model thought aloud, between ``<think>`` and ``</think>`` or tags of that kind.
+
+    Args:
+        text: what a model generated. A thought that began in the prompt has its end alone; one without an end is all
+            that is left of the text.
+    """
+    if not _OPEN.search(text) and not _CLOSE.search(text):
+        return text
+    while (shorter := _THOUGHTS.sub("\n", text)) != text:  # the inner ones first
+        text = shorter
+    closed = [match.end() for match in _CLOSE.finditer(text)]
+    text = text[closed[-1] :] if closed else text
+    opened = _OPEN.search(text)
+    return text[: opened.start()] if opened else text
 
 
 def truncate_at_stop(text: str, stop: str | None) -> str:

@@ -169,11 +169,17 @@ void softmax_backward(scalar_t *grad, const scalar_t *probs, index_t rows, index
 }
 
 // The cross-entropy of each row; the logits become its gradient, softmax(logits) - one_hot(target).
-// logits: (rows, vocab_size); targets: (rows,), within the vocabulary; losses: (rows,), float32.
+// logits: (rows, vocab_size); targets: (rows,), within the vocabulary or negative, which is ignored; losses: (rows,),
+// float32.
 void cross_entropy(scalar_t *logits, const index_t *targets, float *losses, index_t rows, index_t vocab_size) {
 #pragma omp parallel for schedule(static)
     for (index_t row = 0; row < rows; row++) {
         scalar_t *values = logits + row * vocab_size;
+        if (targets[row] < 0) { // ignored
+            memset(values, 0, vocab_size * sizeof(scalar_t));
+            losses[row] = 0;
+            continue;
+        }
         float at_target = to_float(values[targets[row]]), largest = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : largest)
         for (index_t i = 0; i < vocab_size; i++) largest = max_f32(largest, to_float(values[i]));
