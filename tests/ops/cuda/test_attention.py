@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import varlen_stand_in
 
 from llm_adapters.ops import backends
 from llm_adapters.ops.cuda import attention
@@ -22,44 +23,22 @@ def functions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The calls of the stand-in, each with its arguments."""
+    """The calls of the stand-in, each with its options; it computes in float64."""
     made: list[dict] = []
 
-    def varlen_attn(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        window_size: tuple[int, int],
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        made.append({"scale": scale, "window_size": window_size, "head_dim": query.shape[-1], "max": (max_q, max_k)})
+    def varlen_attn(*args: object, **options: object) -> torch.Tensor:
+        query, key, value = args[:3]
+        made.append(options | {"head_dim": query.shape[-1]})
         assert query.shape[-1] == key.shape[-1] == value.shape[-1]
         assert query.shape[-1] % 8 == 0
-        assert {t.dtype for t in (cu_seq_q, cu_seq_k)} == {torch.int32}
         assert {t.is_contiguous() for t in (query, key, value)} == {True}
         assert {t.dtype for t in (query, key, value)} == {query.dtype} < {torch.float16, torch.bfloat16}
-        assert enable_gqa == (query.shape[1] != key.shape[1])
-        lengths = [(bounds[1:] - bounds[:-1]).tolist() for bounds in (cu_seq_q, cu_seq_k)]
-        assert [max(sizes) for sizes in lengths] == [max_q, max_k]
-        parts = []
-        for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
-            k, v = (part.repeat_interleave(query.shape[1] // key.shape[1], 1).double() for part in (k, v))
-            products = torch.einsum("qhw,khw->hqk", q.double(), k) * scale
-            # Causal masks of this function end at the last row and the last column.
-            distance = torch.arange(len(k))[-len(q) :, None] - torch.arange(len(k))
-            hidden = (distance < 0) | ((distance > window_size[0]) & (window_size[0] >= 0))
-            probs = torch.softmax(products.masked_fill(hidden, -torch.inf), -1)
-            parts.append(torch.einsum("hqk,khw->qhw", probs, v))
-        return torch.cat(parts).to(query.dtype)
+        assert options.get("enable_gqa", False) == (query.shape[1] != key.shape[1])
+        exact = varlen_stand_in.varlen_attn(query.double(), key.double(), value.double(), *args[3:], **options)
+        return exact.to(query.dtype)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "_PARAMETERS", frozenset(inspect.signature(varlen_attn).parameters))
+    monkeypatch.setattr(attention, "_PARAMETERS", frozenset(inspect.signature(varlen_stand_in.varlen_attn).parameters))
     return made
 
 
