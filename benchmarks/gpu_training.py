@@ -11,7 +11,10 @@ parallel adapters of size 256 on the MLP.
 Measured: real tokens (no padding) a second between two synchronised clocks after some steps, the device's peak memory,
 and the first and the last loss. Each contestant runs in a process of its own.
 
-ours           `FastPaths`, `Collator` and the Trainer of `llm_adapters.train`, with the step in one pack.
+ours           `FastPaths`, `Collator` and the Trainer of `llm_adapters.train`, the step in one pack, and CUDA graphs of
+               the passes over it. `graphs` in the result says how many, and how long capturing took (within the timed
+               steps for sizes that first come there).
+no_graphs      the same without CUDA graphs.
 padded         transformers.Trainer and PEFT, adapters in bfloat16, rows grouped by length, fused AdamW (LoRA only).
 padding_free   the same without padding: `DataCollatorWithFlattening`, torch's variable-length attention, Liger (LoRA
                only; null with the reason where Liger is not installed).
@@ -35,7 +38,7 @@ SHAPES: dict[str, tuple[int, ...]] = {  # hidden, intermediate, layers, heads, k
     "135m": (576, 1536, 30, 9, 3, 49152),
     "tiny": (64, 128, 2, 4, 2, 512),
 }
-PEERS = ("padded", "padding_free")
+PEERS = ("no_graphs", "padded", "padding_free")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 IGNORED = -100
 
@@ -149,6 +152,7 @@ def ours(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     from llm_adapters.fast_paths import FastPaths
     from llm_adapters.tasks.templates import Encoded
     from llm_adapters.training.collator import Collator
+    from llm_adapters.training.graphs import MicroBatchGraphs
     from llm_adapters.training.trainer import AdapterTrainer
 
     model = base_model(spec["model"])
@@ -178,12 +182,15 @@ def ours(spec: dict[str, Any], folder: str) -> dict[str, Any]:
             train_dataset=data,
             callbacks=[meter.callback],
         )
-        trainer.train_sampler = lambda examples: range(len(examples))  # type: ignore[method-assign]
+        trainer.graphs = MicroBatchGraphs(model, fast, on=spec["contestant"] != "no_graphs")
+        trainer.get_train_dataloader = lambda: trainer.get_eval_dataloader(data)  # in their order
         if spec["profile"]:
             return profiled(trainer, spec)
         trainer.train()
         seconds = meter.seconds()
-    return result(spec, rows, seconds, meter.losses, fast_paths=fast.report, trial_seconds=round(tried, 2))
+    graphs = {"report": trainer.graphs.report, "seconds": round(trainer.graphs.seconds, 2)}
+    told = {"fast_paths": fast.report, "trial_seconds": round(tried, 2), "graphs": graphs}
+    return result(spec, rows, seconds, meter.losses, **told)
 
 
 def profiled(trainer: Any, spec: dict[str, Any]) -> dict[str, Any]:
@@ -294,7 +301,7 @@ def contest(spec: dict[str, Any]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps((ours if spec["contestant"] == "ours" else peer)(spec, folder)))
+        print(json.dumps((ours if spec["contestant"] in ("ours", "no_graphs") else peer)(spec, folder)))
 
 
 def main() -> None:
@@ -329,7 +336,7 @@ def main() -> None:
         rows = document[model] = {}
         for method in asked.methods:
             spec = shared | {"model": model, "method": method}
-            names = ["ours", *(asked.peers if method == "lora" else [])]
+            names = ["ours", *(name for name in asked.peers if method == "lora" or name == "no_graphs")]
             runs = {name: [] for name in names}
             for _ in range(asked.repeats):
                 for name in names:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from llm_adapters.documents import LONGEST, fits, load_json, load_yaml, read_yaml, typed
+from llm_adapters.documents import LONGEST, fits, load_yaml, read_yaml, typed
 from llm_adapters.errors import RequestError
+from llm_adapters.files import load_json, read_json
 
 MERGED = "base: &base {a: 1}\nmore: {<<: *base, b: [*base, *base]}"
 
@@ -58,10 +59,21 @@ def test_a_file_that_cannot_be_opened_is_told(path: str, tmp_path: Path) -> None
         read_yaml(tmp_path / path, "recipe")
 
 
-@pytest.mark.parametrize("text", ["NaN", "[" * 100_000, '{"a": -Infinity}', "9" * 5000, "{"])
+@pytest.mark.parametrize(
+    "text", ["NaN", "[" * 100_000, '{"a": -Infinity}', "9" * 5000, "{", '"\\uDBFF"', '{"\\ud800": 1}']
+)
 def test_json_that_is_no_json_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         load_json(text)
+
+
+def test_json_that_people_write_is_read(tmp_path: Path) -> None:
+    assert load_json('{"a": "\\ud83d\\ude00", "b": "\\\\ud800"}') == {"a": "\U0001f600", "b": "\\ud800"}
+    (tmp_path / "config.json").write_text('{"limits": [0.0, Infinity]}')  # as some models' configs have it
+    assert read_json(tmp_path / "config.json") == {"limits": [0.0, float("inf")]}
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(RequestError, match="nested too deeply"):
+        read_json(tmp_path / "config.json")
 
 
 @dataclass

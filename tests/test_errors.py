@@ -58,6 +58,12 @@ def test_too_little_memory_is_told_with_what_was_tried() -> None:
     assert isinstance(from_system(MemoryError()), WorkError)
 
 
+def test_the_home_of_nobody_is_told() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        Path("~nobody-of-that-name/x").expanduser()
+    assert isinstance(from_system(caught.value), RequestError)
+
+
 def test_a_fault_of_the_program_is_not_the_systems() -> None:
     fault = TypeError("a fault")
     fault.__context__ = FileNotFoundError(errno.ENOENT, "no such file", "x")  # it came up while that was handled

@@ -10,7 +10,6 @@ from llm_adapters.adapter_files import find_adapter, read_template, write_note
 from llm_adapters.errors import RequestError
 from llm_adapters.files import atomic_folder, is_complete, mark_complete, read_json
 from llm_adapters.runs import RunFolder
-from llm_adapters.training import checkpoints
 
 CONFIG = "model: {name: some-model, dtype: float32}\ndata: {template: chat}\n"
 
@@ -79,21 +78,21 @@ def test_the_adapter_of_a_run_or_of_its_own_folder(run: RunFolder, tmp_path: Pat
         find_adapter(tmp_path / "empty")
 
 
-def test_a_run_resumes_from_its_latest_complete_checkpoint(run: RunFolder) -> None:
-    assert run.resume_point() is None
-    for step in (2, 10, 9):
-        run.checkpoint(step).mkdir(parents=True)
-        (run.checkpoint(step) / "weights").write_bytes(b"1234")
-        assert run.resume_point() is None
-    mark_complete(run.checkpoint(9))
-    (run.checkpoint(2) / "complete").touch()  # as earlier versions mark
-    assert run.resume_point() == run.checkpoint(9)
-    mark_complete(run.checkpoint(10))
-    assert run.resume_point() == run.checkpoint(10)
-    (run.checkpoint(10) / "weights").write_bytes(b"123")
-    assert run.resume_point() == run.checkpoint(9)
-    (run.checkpoint(9) / "weights").unlink()
-    assert run.resume_point() == run.checkpoint(2)
+def test_the_log_ends_before_the_first_line_that_is_no_record(run: RunFolder) -> None:
+    assert run.read_log() == []
+    whole = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    text = "".join(json.dumps(line) + "\n" for line in whole)
+    for tail in ("", '{"step": 3, "lo', "\0" * 50, '[3]\n{"step": 4}\n', '{"loss": 1}\n', "\n\n", "[" * 100_000):
+        run.log.write_text(text + tail)
+        assert run.read_log() == whole
+    run.log.write_bytes(text.encode() + b"\xff\xfe\n")
+    assert run.read_log() == whole
+
+
+def test_folders_of_other_names_are_no_checkpoints(run: RunFolder) -> None:
+    for name in ("checkpoint-12", "checkpoint-3", "checkpoint-old", "checkpoint-", "checkpoint-²", "other-4"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.saved_steps() == [3, 12]
 
 
 def test_a_model_converted_by_an_earlier_version_is_complete(tmp_path: Path) -> None:
@@ -102,19 +101,6 @@ def test_a_model_converted_by_an_earlier_version_is_complete(tmp_path: Path) -> 
     assert is_complete(tmp_path)
     (tmp_path / "weights").write_bytes(b"12345")
     assert not is_complete(tmp_path)
-
-
-def test_files_that_others_may_still_be_writing_do_not_count(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    folder = run.checkpoint(1)
-    folder.mkdir(parents=True)
-    for rank in (0, 1):
-        (folder / f"rng_state_{rank}.pth").write_bytes(b"ha")
-    checkpoints.complete(run, 1)
-    (folder / "rng_state_1.pth").write_bytes(b"half no more")
-    assert is_complete(folder)
-    (folder / "rng_state_0.pth").unlink()
-    assert not is_complete(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"sizes": 3}'])

@@ -1,11 +1,12 @@
 """`train` as a recipe says, the same from Python and from the command line: train an adapter, then measure it."""
 
-import os
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_adapters import evaluation, training
+from llm_adapters import evaluation, processes, training
+from llm_adapters.runs import RunFolder
 from llm_adapters.training import Recipe, Run
 
 
@@ -13,7 +14,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     """Train the adapter that `recipe` describes, write a run folder, and measure the recipe's tasks, if it names any.
 
     Everything that can be wrong with the request is found before anything is written. If `output` holds an interrupted
-    run of the same recipe, it goes on from its last checkpoint and ends as if it had never stopped.
+    run of the same recipe, it goes on from its last checkpoint, or with its evaluation, and ends as if it had never
+    stopped.
 
     Args:
         recipe: a `Recipe`, nested mappings, or the path of a YAML file.
@@ -21,8 +23,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
         progress: show progress on stderr.
 
     Returns:
-        The `Run`. Its folder holds config.yaml, adapter/, manifest.json and log.jsonl, and eval/ if tasks were
-        measured: by the first of several processes alone, so that `evaluation` is None in the others.
+        The `Run`, the same in each of several processes. Its folder holds config.yaml, adapter/, manifest.json and
+        log.jsonl, and eval/ if tasks were measured.
 
     Raises:
         RequestError: the request is wrong.
@@ -31,10 +33,17 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
     """
     recipe = training.load_recipe(recipe)
     measured = recipe.evaluation
-    if measured.tasks:
-        evaluation.load_questions(measured.tasks, measured.limit)  # a wrong name is told before hours of training
-    run = training.train(recipe, output, progress=progress)
-    if measured.tasks and int(os.environ.get("RANK", "0")) == 0:
+    if not measured.tasks:
+        return training.train(recipe, output, progress=progress)
+    # A wrong name is told before hours of training.
+    tasks = [task.name for task, _ in evaluation.load_questions(measured.tasks, measured.limit)]
+    folder = RunFolder(output)
+    with contextlib.ExitStack() as held:
+        if processes.once(lambda: _is_unmeasured(folder, measured.protocol, tasks, held)):
+            run = training.finished_run(recipe, output)
+        else:
+            run = None
+        run = run or training.train(recipe, output, progress=progress)
         run.evaluation = evaluation.evaluate(
             run,
             tasks=measured.tasks,
@@ -45,3 +54,9 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
             progress=None if progress else False,
         )
     return run
+
+
+def _is_unmeasured(folder: RunFolder, protocol: str, tasks: list[str], held: contextlib.ExitStack) -> bool:
+    """Hold the folder, from the training to the end of the evaluation; tell if the latter is what is left to do."""
+    held.enter_context(folder.lock())
+    return folder.finished and not evaluation.measures(folder.evaluation(protocol), tasks)

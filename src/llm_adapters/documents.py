@@ -1,4 +1,4 @@
-"""Documents that others may have written: YAML and JSON, read within bounds and compared with the types they must have.
+"""Documents that others may have written: YAML, read within bounds, and the types that YAML and JSON must have.
 
 Nothing in them can make a reader fail in another way than with a `RequestError`, run without end or fill the memory.
 """
@@ -108,22 +108,6 @@ def _measure(root: Any) -> None:
             waiting += [(part, depth + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(part, depth + 1) for part in node.value]
-
-
-def load_json(text: str) -> Any:
-    """Value of a JSON document.
-
-    Raises:
-        ValueError: it is not JSON (NaN and infinity are not), nested too deeply, or has a number of too many digits.
-    """
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def typed(kind: type, document: object) -> Any:

@@ -54,6 +54,8 @@ def from_system(error: BaseException) -> RequestError | WorkError | None:
             f"there is not enough memory{f' ({tried[0]})' if tried else ''}: "
             "take a smaller model, adapter or batch, or close other programs"
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory"):
+        return RequestError("a path begins with ~ and the name of nobody here: check it")  # of Path.expanduser
     found = _system_error(error)
     if found is None:
         return None

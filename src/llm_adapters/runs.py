@@ -1,13 +1,15 @@
 """The layout of a run folder: everybody who wants to know what is where in one asks `RunFolder`."""
 
+import json
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from llm_adapters.adapter_files import IN_RUN, read_template
 from llm_adapters.documents import read_yaml
 from llm_adapters.errors import RequestError, first_line
-from llm_adapters.files import is_complete, read_json
+from llm_adapters.files import lock, read_json
 
 _CHECKPOINT = "checkpoint-"  # as transformers' Trainer names them
 
@@ -63,6 +65,11 @@ class RunFolder:
         """Folder of the checkpoints; gone once the run is finished."""
         return self.path / "checkpoints"
 
+    @property
+    def begun(self) -> Path:
+        """Fingerprints of what the run was begun with (JSON), as long as there are checkpoints."""
+        return self.checkpoints / "begun.json"
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after so many steps."""
         return self.checkpoints / f"{_CHECKPOINT}{step}"
@@ -87,10 +94,31 @@ class RunFolder:
         data = self.read_config().get("data") or {}
         return data.get("template") or read_template(self.adapter)
 
-    def resume_point(self) -> Path | None:
-        """The latest complete checkpoint, or None."""
-        found = [folder for folder in self.checkpoints.glob(f"{_CHECKPOINT}*") if is_complete(folder)]
-        return max(found, key=lambda folder: int(folder.name.removeprefix(_CHECKPOINT)), default=None)
+    def saved_steps(self) -> list[int]:
+        """Steps after which there is a checkpoint, whole or not, in order; folders of other names do not count."""
+        found = (folder.name.removeprefix(_CHECKPOINT) for folder in self.checkpoints.glob(f"{_CHECKPOINT}*"))
+        return sorted(int(step) for step in found if step.isdecimal() and step.isascii())
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the folder for this process alone (see `files.lock`)."""
+        return lock(self.path, f"another process is training in {str(self.path)!r}: wait for it, or name a new folder")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Read the log, up to the first line that is no record: what comes after is no log of this run."""
+        try:
+            lines = self.log.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        found: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                break
+            found.append(record)
+        return found
 
     def read_config(self) -> dict[str, Any]:
         """Read the recipe that ran.

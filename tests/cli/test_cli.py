@@ -112,7 +112,10 @@ def test_an_option_that_became_a_verb_names_the_verb(
         (["evaluate", "--model", "x", "--tasks", "gsm9k"], "unknown"),
         (["evaluate", "--model", "x"], "no tasks given"),
         (["evaluate", "--tasks", "gsm8k"], "either a run folder or --model"),
-        (["evaluate", "--model", "x", "--tasks", "gsm8k", "--limit", "few"], "limit must be a whole number, not 'few'"),
+        (
+            ["evaluate", "--model", "x", "--tasks", "gsm8k", "--limit", "few"],
+            "limit must be a whole number, at least 1",
+        ),
         (
             ["evaluate", "--model", "x", "--tasks", "gsm8k", "--protocol", "p"],
             "must be one of 'default', 'strict', 'paper'",
@@ -121,6 +124,8 @@ def test_an_option_that_became_a_verb_names_the_verb(
             ["evaluate", "--model", "x", "--tasks", "gsm8k", "--template", "t"],
             "template must be one of 'alpaca', 'chat'",
         ),
+        (["evaluate", "--model", "x", "--tasks", "gsm8k", "--max-new-tokens", "-4"], "not '-4'"),
+        (["chat", "--max-new-tokens", "0"], "at least 1"),
         (["results", "compare", "./no-such-folder", "./nor-this"], "'no-such-folder' holds no results"),
         (["results", "compare", "./no-such-folder"], "second"),
         (["results", "compare", "a", "b", "c"], "c"),

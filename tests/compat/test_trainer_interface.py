@@ -3,13 +3,14 @@
 import inspect
 
 import pytest
+from accelerate import Accelerator
 from transformers import Trainer
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("_get_train_sampler", ["self", "train_dataset"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_save", ["self", "output_dir", "state_dict"]),
     ],
 )
@@ -22,7 +23,7 @@ def test_a_hook_that_is_overridden(name: str, parameters: list[str]) -> None:
     [
         ("model_accepts_loss_kwargs", "_get_num_items_in_batch"),
         ("_loss_shifts_labels", "_get_num_items_in_batch"),
-        ("_get_train_sampler", "get_train_dataloader"),
+        ("_load_from_checkpoint", "train"),
         ("_save", "save_model"),
     ],
 )
@@ -32,3 +33,12 @@ def test_an_attribute_that_trainer_reads(attribute: str, used_in: str) -> None:
 
 def test_the_loss_may_be_declared_scaled() -> None:
     assert Trainer.loss_is_scaled_for_ga is None
+
+
+def test_a_model_that_is_prepared_for_evaluation_is_not_wrapped() -> None:
+    assert "evaluation_mode" in inspect.signature(Accelerator.prepare_model).parameters
+    assert "if not evaluation_mode:" in inspect.getsource(Accelerator.prepare_model)
+
+
+def test_the_epoch_reaches_the_batch_sampler_of_a_loader_that_skips() -> None:
+    assert "underlying_sampler.set_epoch(epoch)" in inspect.getsource(Trainer._run_epoch)

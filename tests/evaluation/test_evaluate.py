@@ -376,7 +376,7 @@ def test_wrong_requests_write_nothing(base, tmp_path, options, words):
 
 def test_other_wrong_requests(base, task, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RequestError, match="cannot be written"):
+    with pytest.raises(RequestError, match="cannot be a folder"):
         evaluate(base, tasks=[task], output=tmp_path / "file")
     with pytest.raises(RequestError, match="has its adapter already"):
         evaluate(load_base(base), tmp_path, tasks=[task])

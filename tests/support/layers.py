@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("architectures", "adapter_files"),
     ("_registration",),  # besides, it loads the tuners by name when PEFT is imported
     ("documents",),
-    ("compat", "files"),
+    ("compat", "files", "processes"),
     ("errors", "_version", "_lazy"),
 )
 

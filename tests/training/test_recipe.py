@@ -50,6 +50,7 @@ def test_mappings_files_and_objects_give_the_same_recipe(tmp_path: Path) -> None
         ({"adapter": {"options": {"lora_alpha": float("nan")}}}, "adapter.options.lora_alpha is nan"),
         ({"adapter": {"options": {"r": object()}}}, "adapter.options.r is <object"),
         ({"adapter": {"options": {1: 2}}}, "keys are texts"),
+        ({"adapter": {"options": ["r", 8]}}, "options must be a mapping"),
     ],
 )
 def test_what_is_wrong_is_named(document: dict[str, object], names: str) -> None:

@@ -129,6 +129,14 @@ def test_checkpointing_and_a_quantised_base_leave_room(monkeypatch: pytest.Monke
     assert sizes.choose(model, torch.device("cuda")) == 2688 * 2
 
 
+@pytest.mark.parametrize(("memory", "expected"), [(140, 10752), (80, 5376), (24, SIZES[1])])
+def test_graphs_and_what_is_computed_without_one_fit_together(
+    memory: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "total_memory", lambda device: memory * GB)
+    assert sizes.choose(shaped("7b"), torch.device("cuda"), graphs=True) == expected
+
+
 @pytest.mark.parametrize(("memory", "expected"), [(24, 2688), (256, 2688), (1.5, 336)])
 def test_the_choice_on_a_cpu(memory: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "total_memory", lambda device: int(memory * GB))

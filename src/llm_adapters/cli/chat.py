@@ -4,6 +4,7 @@ import functools
 import sys
 from pathlib import Path
 
+from llm_adapters.compat.jsonargparse import Count
 from llm_adapters.tasks.templates import TemplateName
 
 
@@ -12,7 +13,7 @@ def chat(
     *,
     adapter: Path | None = None,
     template: TemplateName | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: Count = 256,
 ) -> None:
     """Talk to a base model, an adapter or a run in the terminal; an empty line or Ctrl-D ends it.
 

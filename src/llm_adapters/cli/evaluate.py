@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from llm_adapters.compat.jsonargparse import Count
 from llm_adapters.errors import RequestError
 from llm_adapters.tasks.answers import ProtocolName
 from llm_adapters.tasks.templates import TemplateName
@@ -14,11 +15,11 @@ def evaluate(
     model: str | None = None,
     adapter: Path | None = None,
     tasks: list[str] | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     protocol: ProtocolName = "default",
     template: TemplateName | None = None,
-    batch_size: int | None = None,
-    max_new_tokens: int | None = None,
+    batch_size: Count | None = None,
+    max_new_tokens: Count | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     output: Path | None = None,

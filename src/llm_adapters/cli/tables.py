@@ -104,10 +104,10 @@ def show_comparison(comparison: dict[str, Any]) -> None:
         c = task.to_dict()
         rows.append([name, *(f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in c.items() if k != "flipped")])
         columns = ["task", *(k.replace("_", " ") for k in c if k != "flipped")]
-    show("paired comparison", columns, rows)
-    for name, task in comparison.items():
+    for name, task in comparison.items():  # first: there may be hundreds, and the table is what is looked for
         for flip in task.flips:
             print(f"{name} {flip.index}: {'gained' if flip.gained else 'lost'}  {flip.question[:90]}")
+    show("paired comparison", columns, rows)
 
 
 def show_inspection(found: "Inspection") -> None:

@@ -1,5 +1,6 @@
 """Private interfaces of transformers' Trainer."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ from transformers import Trainer
 
 
 class StepTrainer(Trainer):
-    """Trainer whose private hooks have public names here; the loss that it is given is that of a whole step."""
+    """Trainer whose private hooks have public names here; the loss that it is given is that of a whole step.
+
+    The model is not wrapped: where there are several processes, `training_step` adds up their gradients.
+    """
 
     loss_is_scaled_for_ga = True
 
@@ -16,17 +20,19 @@ class StepTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes Trainer count a step's labels over the ranks
         self._loss_shifts_labels = False  # the collator's labels are the targets alone
+        # In "evaluation mode" accelerate places the model, and wraps it in nothing.
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
-    def train_sampler(self, examples: Any) -> Any:
-        """Sampler of the training `examples`."""
+    def save_weights(self, folder: Path) -> None:
+        """Write the trained weights to `folder`, a checkpoint."""
         raise NotImplementedError
 
-    def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Write the trained weights to `folder`; `state_dict` holds them where they are not in the model."""
+    def load_weights(self, folder: Path) -> None:
+        """Read them."""
         raise NotImplementedError
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.train_sampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        self.save_weights(Path(output_dir or self.args.output_dir), state_dict)
+        self.save_weights(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_weights(Path(resume_from_checkpoint))

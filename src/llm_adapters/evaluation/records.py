@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_adapters.documents import load_json, typed
+from llm_adapters.documents import typed
 from llm_adapters.errors import RequestError, first_line
 from llm_adapters.evaluation.protocols import Protocol
-from llm_adapters.files import write_text
+from llm_adapters.files import append, load_json, write_text
 from llm_adapters.tasks.answers import extract, is_correct
 from llm_adapters.tasks.templates import get_template
+
+JOURNALS = ".*.partial.jsonl"  # pattern of their names
 
 
 def score(
@@ -145,8 +147,7 @@ class Journal:
             seconds: what it took to generate its output.
         """
         if self.path:
-            with self.path.open("a", encoding="utf-8", newline="") as stream:
-                stream.write(_line(record, seconds))
+            append(self.path, _line(record, seconds))
 
     def remove(self) -> None:
         """Delete the file: the evaluation is complete and its records are written."""

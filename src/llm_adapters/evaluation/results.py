@@ -10,7 +10,7 @@ from typing import Any
 from llm_adapters.documents import fits, typed
 from llm_adapters.errors import RequestError, shortened, unknown
 from llm_adapters.evaluation.protocols import get_protocol
-from llm_adapters.evaluation.records import Record, read_records, write_records
+from llm_adapters.evaluation.records import JOURNALS, Record, read_records, write_records
 from llm_adapters.evaluation.statistics import Comparison, Spread, compare, spread, wilson
 from llm_adapters.files import read_json, write_json
 from llm_adapters.runs import RunFolder
@@ -150,6 +150,14 @@ def find(folder: Path, protocol: str = "default") -> Path:
         if (place / SUMMARY).is_file():
             return place
     raise RequestError(f"{str(folder)!r} holds no results of the protocol {protocol!r}: no {SUMMARY}. Evaluate first.")
+
+
+def measures(folder: Path, tasks: Sequence[str]) -> bool:
+    """Tell if `folder` holds the results of all of `tasks`, and no journal of an evaluation that was interrupted."""
+    try:
+        return not any(folder.glob(JOURNALS)) and set(tasks) <= read_json(folder / SUMMARY)["tasks"].keys()
+    except (RequestError, KeyError, AttributeError):
+        return False
 
 
 def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:

@@ -1,5 +1,6 @@
 """`evaluate`: the questions of tasks in, scores with intervals and a record per question out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_adapters import processes
 from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.labels import check_labels
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
 from llm_adapters.evaluation.records import Journal, Record, score
 from llm_adapters.evaluation.results import TASK_NAME, Evaluation, TaskResult, summarise
-from llm_adapters.files import check_folder
+from llm_adapters.files import check_folder, lock, refuse_links, remove_temporaries
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
@@ -61,9 +63,45 @@ def evaluate(
     `check_invariance` N asks N questions of each task again, one at a time and in float32, and reports how many scores
     flip: what batching and the precision do to the score.
 
+    Under torchrun the first process measures, and the others wait for it and return the same.
+
     Raises `RequestError` for anything wrong with the request, before anything is written, and `WorkError` where data
     is not available or the model computes no numbers.
     """
+    return processes.once(
+        lambda: _evaluate(
+            run_or_model,
+            adapter,
+            tasks,
+            limit,
+            protocol,
+            template,
+            batch_size,
+            max_new_tokens,
+            dtype,
+            device,
+            output,
+            progress,
+            check_invariance,
+        )
+    )
+
+
+def _evaluate(
+    run_or_model: str | os.PathLike[str] | LoadedModel,
+    adapter: str | os.PathLike[str] | None,
+    tasks: Sequence[str],
+    limit: int | None,
+    protocol: str,
+    template: str | None,
+    batch_size: int | None,
+    max_new_tokens: int | None,
+    dtype: str,
+    device: str,
+    output: str | os.PathLike[str] | None,
+    progress: bool | None,
+    check_invariance: int,
+) -> Evaluation:
     rule = get_protocol(protocol)
     asked, new_tokens = rule.resolve(template, max_new_tokens)
     if asked is not None:
@@ -91,34 +129,35 @@ def evaluate(
     folder = _folder(output, loaded, protocol)
     about = _about(loaded, settings, origin)
 
-    results: dict[str, TaskResult] = {}
-    records: dict[str, list[Record]] = {}
-    journals = []
-    with EvaluationProgress(progress) as bar, _generator(loaded, settings) as generator:
-        about["generation"] = generator.report
-        for task in work:
-            journal = Journal(folder and folder / f".{task.name}.partial.jsonl", _digest(about, task, batch_size))
-            journals.append(journal)
-            records[task.name], costs = _measure(generator, task, settings, journal, bar)
-            scored = summarise(
-                records[task.name], task.kind, leakage_known=trained_on is not None, language=task.language
-            )
-            results[task.name] = dataclasses.replace(scored, **costs)
-    if check_invariance:
-        with _generator(_in_float32(loaded), dataclasses.replace(settings, batch_size=1)) as alone:
+    with _hold(folder):
+        results: dict[str, TaskResult] = {}
+        records: dict[str, list[Record]] = {}
+        journals = []
+        with EvaluationProgress(progress) as bar, _generator(loaded, settings) as generator:
+            about["generation"] = generator.report
             for task in work:
-                found = _ask_again(alone, task, records[task.name], settings, check_invariance)
-                results[task.name] = dataclasses.replace(results[task.name], invariance=found)
-    about["warnings"] = [note for task in work for note in task.notes] + _warnings(results)
-    evaluation = Evaluation(results, records, about)
-    if folder:
-        evaluation.write(folder)
-    # Only now: a journal of every task, finished ones too, is what an interrupted evaluation goes on from.
-    for journal in journals:
-        journal.remove()
-    for message in about["warnings"]:
-        warn(message)
-    return evaluation
+                journal = Journal(folder and folder / f".{task.name}.partial.jsonl", _digest(about, task, batch_size))
+                journals.append(journal)
+                records[task.name], costs = _measure(generator, task, settings, journal, bar)
+                scored = summarise(
+                    records[task.name], task.kind, leakage_known=trained_on is not None, language=task.language
+                )
+                results[task.name] = dataclasses.replace(scored, **costs)
+        if check_invariance:
+            with _generator(_in_float32(loaded), dataclasses.replace(settings, batch_size=1)) as alone:
+                for task in work:
+                    found = _ask_again(alone, task, records[task.name], settings, check_invariance)
+                    results[task.name] = dataclasses.replace(results[task.name], invariance=found)
+        about["warnings"] = [note for task in work for note in task.notes] + _warnings(results)
+        evaluation = Evaluation(results, records, about)
+        if folder:
+            evaluation.write(folder)
+        # Only now: a journal of every task, finished ones too, is what an interrupted evaluation goes on from.
+        for journal in journals:
+            journal.remove()
+        for message in about["warnings"]:
+            warn(message)
+        return evaluation
 
 
 @dataclass(frozen=True)
@@ -201,6 +240,19 @@ def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol
     folder = RunFolder(place).evaluation(protocol)
     check_folder(folder, "the folder for the results")
     return folder
+
+
+@contextlib.contextmanager
+def _hold(folder: Path | None) -> Iterator[None]:
+    """Hold the folder of results for this process alone, without what one that was killed has left."""
+    if folder is None:
+        yield
+        return
+    refuse_links(folder.parent, folder)
+    busy = f"another process is writing results to {str(folder)!r}: wait for it, or name another folder as the output"
+    with lock(folder, busy):
+        remove_temporaries(folder)
+        yield
 
 
 def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, Any]:

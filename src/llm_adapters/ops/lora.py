@@ -77,6 +77,8 @@ def lora_output(
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """`lora_linear` of the rows `x`, without autograd, and the tensors that the functions below need besides them."""
     seed = dropout.sample_mask(x, p) if p else None
+    if kernel := function("lora_weights", x):
+        a, b = kernel(x, a, b)
     # Dropout's 1 / (1 - p) is in A, a few rows, and not in the hidden states, all tokens'.
     out, lora_hidden = linear_lora(x, weight, bias, LoraBranch(a, b, 1.0 / (1.0 - p), scale, seed, p, True))
     return out, [weight, a, b, lora_hidden, seed]

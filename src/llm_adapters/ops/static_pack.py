@@ -12,7 +12,7 @@ from llm_adapters.ops.cross_entropy import IGNORE_INDEX
 from llm_adapters.ops.packing import Pack, VarlenIndex, to_device
 from llm_adapters.ops.sizes import round_up
 
-_STEP = 256  # tokens; larger packs are rounded to a sixteenth of the power of two below them
+_STEP = 128  # tokens; larger packs are rounded to a sixteenth of the power of two below them
 _LABELS, _SEGMENTS = 8, 32  # labels come in eighths of the tokens; segments in thirty-seconds
 
 

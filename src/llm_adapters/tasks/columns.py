@@ -5,6 +5,7 @@ map says what it is; one that a response might be (a worked solution) or that ho
 recorded.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -87,8 +88,15 @@ def load_file(
         raise RequestError(f"{format!r} is not a format of data files: choose one of {', '.join(FORMATS)}.")
     file = check_file(Path(path))
     needed = {"question", *required}
-    layout = _layout(file, columns or {}, column_names(file), needed)
-    return _Reader(file, layout, needed, format).read()
+
+    def read(names: list[str]) -> Examples:
+        return _Reader(file, _layout(file, columns or {}, names, needed), needed, format).read(set(names))
+
+    # Most files have the columns of their first row alone, and need not be looked through for others.
+    with contextlib.suppress(RequestError):
+        for _, first in read_rows(file):
+            return read(list(first))
+    return read(column_names(file))
 
 
 @dataclass(frozen=True)
@@ -183,12 +191,15 @@ class _Reader:
         self.marked = 0
         self.texts: dict[str, str] = {}  # unused columns that hold texts, each with the first
 
-    def read(self) -> Examples:
+    def read(self, columns: set[str]) -> Examples:
+        """The examples; a row with another column than `columns` is an error."""
         examples = Examples(self.layout.names, self.layout.unused)
         watched = [name for name in self.layout.unused if name not in self.layout.declared]
         if "response" not in self.needed:
             watched = [name for name in watched if _fold(name) in _OF_THE_QUESTION] if "answer" in self.needed else []
         for where, row in counted(read_rows(self.file), f"reading {self.file}"):
+            if not row.keys() <= columns:
+                raise RequestError(f"{self.file}, {where}: a column that no row before had.")
             example = self._example(where, row)
             for name in watched:
                 if not _empty(value := row.get(name)):

@@ -53,9 +53,11 @@ class Examples(Sequence[Example]):
             UnicodeEncodeError: one of its texts is no text: it holds half of a character.
         """
         history = json.dumps(example.history, ensure_ascii=False) if example.history else ""
-        for text in (example.question, example.input, example.response, example.answer, history):
-            self._text += text.encode()
-            self._ends.append(len(self._text))
+        texts = [example.question, example.input, example.response, example.answer, history]
+        encoded = [text.encode() for text in texts]
+        self._ends.extend(itertools.accumulate(map(len, encoded), initial=len(self._text)))
+        self._ends.pop(-6)
+        self._text += b"".join(encoded)
 
     def __len__(self) -> int:
         return len(self._ends) // 5

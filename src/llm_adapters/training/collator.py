@@ -1,6 +1,5 @@
-"""From encoded examples to micro-batches, packed or padded, and the order in which examples come."""
+"""From encoded examples to micro-batches, packed or padded."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,9 +66,10 @@ class Collator:
         """Micro-batches of one step, what they are made of, and in ``labels`` their targets, which Trainer counts."""
         import torch
 
-        micro_batches = self.make_micro_batches(examples)
+        micro_batches = self.make_micro_batches(examples) if examples else []  # this process has no part in the step
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         return {
-            "labels": torch.cat([micro.targets for micro in micro_batches]),
+            "labels": torch.cat([nothing, *(micro.targets for micro in micro_batches)]),
             "micro_batches": micro_batches,
             "micro_batch_tokens": self.micro_batch_tokens,
             "examples": examples,
@@ -143,27 +143,3 @@ def _shared(examples: Sequence[Encoded]) -> int:
 
     first = min(next(i for i, label in enumerate(e.labels) if i and label != IGNORED) for e in examples)
     return min(common_prefix([example.input_ids for example in examples]), first - 1)
-
-
-class Shuffle:
-    """A sampler whose order depends on nothing but the seed and the epoch, so that a resumed run goes on in it.
-
-    Args:
-        count: number of examples.
-        seed: with the epoch, decides the order.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of that pass over the data."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Any:
-        order = list(range(self.count))
-        random.Random(f"{self.seed}-{self.epoch}").shuffle(order)
-        return iter(order)

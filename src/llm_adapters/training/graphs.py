@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from llm_adapters.bottleneck.wrapper import Tap
 from llm_adapters.compat.transformers import recomputes_activations
 from llm_adapters.fast_paths import ON, FastPaths, trial
 from llm_adapters.ops.packing import Pack
@@ -247,10 +248,15 @@ def unsupported_reason(fast_paths: FastPaths, device: torch.device | None) -> st
         return "the model is on several devices"
     if trial.has_experts(base):
         return "a router chooses which modules compute a token"
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if any(getattr(module, kind) for module in base.modules() for kind in hooks):
+    # A replay calls none, and one that is not ours may do more than hand on a tensor.
+    if any(not isinstance(hook, Tap) for module in base.modules() for hook in _hooks(module)):
         return "a module has hooks"
     return None
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, kind).values()
 
 
 def _unrounded_reason(fast_paths: FastPaths) -> str | None:

@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from llm_adapters import processes
 from llm_adapters.models import LoadedModel
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.tasks import leakage
@@ -13,6 +14,17 @@ from llm_adapters.tasks.templates import clock
 from llm_adapters.training.data import TrainingData
 from llm_adapters.training.memory import peak_memory
 from llm_adapters.training.recipe import Recipe
+
+
+def fingerprints(base: LoadedModel, data: TrainingData) -> dict[str, str]:
+    """What decides the result of a run and is not in its recipe: contents of files, and versions of the software."""
+    code = {library: number for library, number in versions("accelerate").items() if library != "python"}
+    return {
+        "data": data.fingerprint,
+        "base_model": base.fingerprint(),
+        "tokenizer": base.tokenizer_fingerprint(),
+        **code,
+    }
 
 
 def describe(
@@ -24,6 +36,7 @@ def describe(
     state: Any,
     seconds: float,
     fast_paths: dict[str, str],
+    begun: dict[str, str],
     micro_batches: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that tells another person what a run was: what ran, on what, how fast, and what came of it.
@@ -37,6 +50,7 @@ def describe(
         state: Trainer's final state.
         seconds: how long the training took.
         fast_paths: the report of `FastPaths`.
+        begun: the `fingerprints`.
         micro_batches: the sizes of micro-batches (`Sizes.to_dict`).
     """
     import torch
@@ -51,14 +65,14 @@ def describe(
             "device": str(base.device),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": processes.count(),
         },
         "seed": recipe.training.seed,
         "base_model": {
             "name": base.name,
             "source": base.source,
             "dtype": str(base.dtype).removeprefix("torch."),
-            "fingerprint": base.fingerprint(),
+            "fingerprint": begun["base_model"],
         },
         "adapter": {
             "method": recipe.adapter.method,
@@ -79,6 +93,7 @@ def describe(
         "steps": state.global_step,
         "epochs": state.epoch,
         "final_loss": next((line["loss"] for line in reversed(recorder.losses) if "loss" in line), None),
+        "first_validation_loss": _first_validation_loss(recorder.losses),
         "best_validation_loss": state.best_metric,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(recorder.tokens / max(seconds, 1e-9), 1),
@@ -87,3 +102,8 @@ def describe(
         "peak_memory": memory,
         "command": sys.argv if sys.argv and sys.argv[0].endswith("llm-adapters") else None,
     }
+
+
+def _first_validation_loss(log: list[dict[str, Any]]) -> float | None:
+    """Loss on the validation split before the first step."""
+    return next((line["eval_loss"] for line in log if line["step"] == 0 and "eval_loss" in line), None)

@@ -239,12 +239,15 @@ def _typed(document: Mapping[str, Any]) -> Recipe:
 
     from llm_adapters.compat.jsonargparse import readable
 
+    adapter = document.get("adapter", {})
+    options = adapter.get("options", {})
+    if not isinstance(options, Mapping):
+        raise RequestError(f"adapter.options must be a mapping such as {{r: 8}}, not {shortened(str(options), 60)!r}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, "recipe")
     try:
         # What the parser would copy without looking, and what it would take for "not given", is put in afterwards.
-        options = document.get("adapter", {}).get("options", {})
-        found = parser.parse_object({"recipe": {**document, "adapter": {**document.get("adapter", {}), "options": {}}}})
+        found = parser.parse_object({"recipe": {**document, "adapter": {**adapter, "options": {}}}})
     except (ArgumentError, TypeError, ValueError) as error:
         raise RequestError(f"the recipe is wrong: {readable(error).removeprefix('recipe.')}") from None
     kinds = typing.get_type_hints(Recipe)

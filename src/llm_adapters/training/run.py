@@ -1,8 +1,9 @@
 """`train`: from a recipe to a run folder; nothing is measured here."""
 
 import contextlib
+import importlib.util
 import logging
-import os
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llm_adapters import methods
+from llm_adapters import methods, processes
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
-from llm_adapters.files import check_folder, write_json, write_text
-from llm_adapters.models import LoadedModel, context_length, load_base, model_config
+from llm_adapters.files import LOCK, refuse_links, write_json, write_text
+from llm_adapters.models import LoadedModel, context_length, load, load_base, model_config
 from llm_adapters.models.insertion import insert
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
@@ -86,96 +87,39 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, output: str | Path, *
         Interrupted: a signal stopped the run after a checkpoint.
         WorkError: the work failed (a loss that is not finite, data that is not available).
     """
-    from transformers import set_seed
+    asked, folder = load_recipe(recipe), RunFolder(output)
+    with contextlib.ExitStack() as held:
+        resumes = processes.once(lambda: _open(folder, asked, held))
+        return _train(asked, folder, resumes, progress)
 
-    recipe = load_recipe(recipe)
+
+def finished_run(recipe: Recipe, output: str | Path) -> Run | None:
+    """The finished run of `recipe` in `output`, as `train` returned it; None where there is none."""
     folder = RunFolder(output)
-    resumes = _check_output(folder, recipe)
-    if resumes:
-        recipe = recipe.resolved(**folder.read_config())
-    methods.check_options(recipe.adapter.method, recipe.adapter.options)
-    model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
-    examples = load_training_data(recipe.data.train, recipe.data.columns)
-    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
-    data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
-    config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
-    set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
-    model = insert(base.model, config)
-    if recipe.training.gradient_checkpointing:
-        model.enable_input_require_grads()
-
-    processes = _Processes(base.device.type == "cpu")
-    tokens: Any = recipe.training.micro_batch_tokens
-    if tokens == "auto":
-        tokens = processes.agree(sizes.choose(model, base.device, recipe.training.gradient_checkpointing))
-    processes.wait()  # nobody writes before all have looked at the folder
-    # What is not in a recipe's text but decides the result: what "auto" came to.
-    recipe = recipe.resolved(
-        model={"dtype": str(base.dtype).removeprefix("torch.")}, training={"micro_batch_tokens": tokens}
-    )
-    if processes.first:
-        write_text(folder.config, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
-    processes.wait()
-    micro_batches = sizes.Sizes(int(recipe.training.micro_batch_tokens), folder.sizes)
-    reset_peak_memory(base.device)
-    with quiet():
-        started = time.monotonic()
-        with FastPaths(model, recipe.training.fast_paths) as fast:
-            recorder, state = _fit(model, base, data, recipe, micro_batches, folder, resumes, progress, fast)
-        _check_finite(model)
-        model.eval()
-        seconds = time.monotonic() - started
-        document = manifest.describe(
-            recipe, base, model, data, recorder, state, seconds, fast.report, micro_batches.to_dict()
-        )
-        if processes.first:
-            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
-            write_json(folder.manifest, document)  # last: its presence says that the run is finished
-            checkpoints.prune(folder)
-    processes.wait()
-    return Run(folder.path, document, recorder.losses, model, base.tokenizer)
+    if not (folder.finished and _is_of(folder, recipe)):
+        return None
+    processes.once(lambda: checkpoints.prune(folder))  # it may have been killed before it did that
+    loaded = load(folder.path, device=recipe.model.device)
+    return Run(folder.path, folder.read_manifest(), folder.read_log(), loaded.model, loaded.tokenizer)
 
 
-class _Processes:
-    """The processes that train together (torchrun's), of which the first one writes."""
-
-    def __init__(self, cpu: bool) -> None:
-        self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            self._state = PartialState(cpu=cpu)
-        self.first = self._state is None or self._state.is_main_process
-
-    def agree(self, value: Any) -> Any:
-        """The `value` of the first process, in all."""
-        if self._state is None:
-            return value
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([value])[0]
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
-
-
-def _check_output(run: RunFolder, recipe: Recipe) -> bool:
-    """Tell if `run` holds an interrupted run of this very recipe.
+def _open(run: RunFolder, recipe: Recipe, held: contextlib.ExitStack) -> bool:
+    """Hold the folder of `run` as long as `held` is open; tell if it holds an interrupted run of this very recipe.
 
     Raises:
-        RequestError: it holds anything else.
+        RequestError: it holds anything else, or another process is training in it.
     """
     folder = run.path
-    check_folder(folder, "the output")
-    if not folder.exists():
-        return False
-    if not any(folder.iterdir()):
-        return False
+    held.enter_context(run.lock())
+    refuse_links(run.config, run.adapter, run.manifest, run.log, run.sizes, run.checkpoints, *run.checkpoints.glob("*"))
     if not run.config.is_file():
-        raise RequestError(f"the output folder {str(folder)!r} is not empty: name a new one")
+        checkpoints.clean(run)
+        if any(file.name != LOCK for file in folder.iterdir()):
+            raise RequestError(f"the output folder {str(folder)!r} is not empty: name a new one")
+        return False
     if run.finished:
+        if _is_of(run, recipe):
+            checkpoints.prune(run)  # it may have been killed before it did that
         raise RequestError(
             f"the output folder {str(folder)!r} already holds a finished run: name a new one, or evaluate it"
         )
@@ -183,10 +127,12 @@ def _check_output(run: RunFolder, recipe: Recipe) -> bool:
         raise RequestError(
             f"the output folder {str(folder)!r} already holds another run: name a new one, or give its recipe to go on"
         )
+    checkpoints.clean(run)
     return True
 
 
 def _is_of(run: RunFolder, recipe: Recipe) -> bool:
+    """Tell if the run in the folder is one of `recipe`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # an earlier version wrote it, nobody can change that
@@ -196,11 +142,83 @@ def _is_of(run: RunFolder, recipe: Recipe) -> bool:
     return before == recipe.resolved(**before.to_dict())
 
 
+def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> Run:
+    from transformers import set_seed
+
+    if resumes:
+        recipe = recipe.resolved(**processes.once(folder.read_config))
+    methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    _check_trackers(recipe)
+    model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
+    examples = load_training_data(recipe.data.train, recipe.data.columns)
+    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
+    data = prepare(examples, base.tokenizer, recipe.data, recipe.training.seed, context_length(base.model))
+    config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
+    set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
+    model = insert(base.model, config)
+    _check_trainable(model)
+    arguments = _arguments(recipe, folder.checkpoints, len(data.train), base.device)
+    if recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    start = checkpoints.digest(model)
+    if processes.count() > 1:
+        set_seed(recipe.training.seed + processes.rank())  # each its own dropout
+
+    if recipe.training.micro_batch_tokens == "auto":
+        checkpointing = recipe.training.gradient_checkpointing
+        graphs = recipe.training.cuda_graphs and base.device.type == "cuda" and not checkpointing
+        tokens = processes.once(lambda: sizes.choose(model, base.device, checkpointing, graphs))
+        recipe = recipe.resolved(training={"micro_batch_tokens": tokens})
+    recipe = recipe.resolved(model={"dtype": str(base.dtype).removeprefix("torch.")})
+    begun = processes.once(lambda: _begin(folder, recipe, base, data, resumes))
+    micro_batches = sizes.Sizes(int(recipe.training.micro_batch_tokens), folder.sizes)
+    reset_peak_memory(base.device)
+    with quiet():
+        started = time.monotonic()
+        with FastPaths(model, recipe.training.fast_paths) as fast:
+            recorder, state = _fit(model, base, data, recipe, arguments, micro_batches, folder, resumes, progress, fast)
+        _check_trained(model, start)
+        model.eval()
+        seconds = time.monotonic() - started
+
+        def finish() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            made = manifest.describe(
+                recipe, base, model, data, recorder, state, seconds, fast.report, begun, micro_batches.to_dict()
+            )
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template)
+            write_json(folder.manifest, made)  # last: its presence says that the run is finished
+            checkpoints.prune(folder)
+            return made, recorder.losses
+
+        document, log = processes.once(finish)
+    return Run(folder.path, document, log, model, base.tokenizer)
+
+
+def _begin(run: RunFolder, recipe: Recipe, base: LoadedModel, data: TrainingData, resumes: bool) -> dict[str, Any]:
+    """Write the recipe, with what "auto" came to, and the fingerprints of what else decides the result; returns these.
+
+    Raises:
+        RequestError: the run is resumed, and was begun with others.
+    """
+    begun = manifest.fingerprints(base, data)
+    if resumes:
+        checkpoints.check_begun(run, begun)
+    write_text(run.config, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_json(run.begun, begun)
+    return begun
+
+
+def _check_trainable(model: "PeftModel") -> None:
+    if not any(weight.numel() for weight in checkpoints.trainable(model).values()):
+        raise RequestError("the adapter has no trainable parameter: see that its options leave it a size")
+
+
 def _fit(
     model: "PeftModel",
     base: LoadedModel,
     data: TrainingData,
     recipe: Recipe,
+    arguments: Any,
     micro_batches: sizes.Sizes,
     folder: RunFolder,
     resumes: bool,
@@ -208,52 +226,62 @@ def _fit(
     fast_paths: FastPaths,
 ) -> tuple[Any, Any]:
     """Run Trainer; returns the recorder and Trainer's final state."""
-    from transformers import EarlyStoppingCallback
+    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from llm_adapters.training.graphs import MicroBatchGraphs
     from llm_adapters.training.progress import TrainingProgress
-    from llm_adapters.training.trainer import AdapterTrainer, Recorder, StopOnSignal
+    from llm_adapters.training.trainer import AdapterTrainer, EarlyStopping, Recorder, StopOnSignal
 
-    arguments = _arguments(recipe, folder.checkpoints, len(data.train), base.device)
+    t = recipe.training
+    checkpoint = processes.once(lambda: checkpoints.latest(folder)) if resumes else None
+    arguments.eval_on_start = bool(data.validation) and checkpoint is None
     stop = StopOnSignal()
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(
-            base.tokenizer.pad_token_id,
-            fast_paths.packs,
-            micro_batches.start,
-            recipe.training.micro_batch_size,
-            base.device,
+            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, t.micro_batch_size, base.device
         ),
         sizes=micro_batches,
         train_dataset=data.train,
         eval_dataset=data.validation or None,
         callbacks=[stop],
     )
+    trainer.keep_best = bool(t.keep_best or t.early_stopping)
     trainer.graphs = MicroBatchGraphs(model, fast_paths, on=recipe.training.cuda_graphs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if recipe.training.early_stopping:
-        trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
-    checkpoint = folder.resume_point() if resumes else None
-    if resumes and checkpoint is None and trainer.is_world_process_zero():
-        checkpoints.prune(folder)
-    if checkpoint:
-        logger.warning("going on from %s", checkpoint.name)
-    display = TrainingProgress(_steps(recipe, len(data.train))) if progress else None
+    if t.early_stopping:
+        trainer.add_callback(EarlyStopping(t.early_stopping))
+    if checkpoint and processes.is_first():
+        logger.warning("going on from %s", checkpoint.folder.name)
+    if checkpoint and checkpoint.processes != processes.count():
+        if processes.is_first():
+            logger.warning(
+                "%d processes wrote it, and %d go on: the result is the same up to rounding, but for dropout",
+                checkpoint.processes,
+                processes.count(),
+            )
+        set_seed(t.seed + checkpoint.step + processes.rank())
+    display = TrainingProgress(_steps(recipe, len(data.train))) if progress and processes.is_first() else None
     recorder = Recorder(folder, trainer, display)
     trainer.add_callback(recorder)
-    with display or contextlib.nullcontext(), stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.check_loss()
+    if checkpoint and checkpoint.ended:
+        trainer.restore(checkpoint.folder)
+        recorder.resume(trainer.state)
+    else:
+        with display or contextlib.nullcontext(), stop:
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+            trainer.check_loss()
     fast_paths.report["CUDA graphs"] = trainer.graphs.report
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+    if stop.stopped and not trainer.ended:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a checkpoint: "
             "the same command goes on from there"
         )
+    if trainer.best is not None:
+        checkpoints.set_trainable(model, trainer.best)
     return recorder, trainer.state
 
 
@@ -267,25 +295,35 @@ def _steps(recipe: Recipe, examples: int) -> int:
     )
 
 
+def _warmup_steps(recipe: Recipe, examples: int) -> int:
+    """Steps until the peak learning rate, which leave at least one at it.
+
+    Raises:
+        RequestError: there are not so many steps.
+    """
+    steps, warmup = _steps(recipe, examples), recipe.training.warmup
+    if warmup < 1:
+        return min(math.ceil(steps * warmup), steps - 1)
+    if warmup >= steps:
+        raise RequestError(
+            f"training.warmup is {warmup:g} steps and the run has {steps}, so that the learning rate would never reach "
+            "its peak: lower it (below 1, it is the share of all steps)"
+        )
+    return int(warmup)
+
+
 def _arguments(recipe: Recipe, output: Path, examples: int, device: Any) -> Any:
     from transformers import TrainingArguments
 
     t = recipe.training
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if t.batch_size % world:
-        raise RequestError(f"training.batch_size is {t.batch_size}: it must be a multiple of the {world} processes")
     per_epoch = _steps_per_epoch(recipe, examples)
-    evaluate_every = t.evaluate_every or per_epoch
-    # Keeping the best adapter means having saved it, so that both then happen at the same steps.
-    save_every = evaluate_every if t.keep_best or t.early_stopping else t.save_every or per_epoch
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
-        per_device_train_batch_size=t.batch_size // world,
-        per_device_eval_batch_size=t.batch_size // world,
+        per_device_train_batch_size=t.batch_size,  # of all processes: the trainer divides it
         learning_rate=t.learning_rate,
-        warmup_steps=t.warmup if t.warmup < 1 else int(t.warmup),
+        warmup_steps=_warmup_steps(recipe, examples),
         lr_scheduler_type=t.schedule if t.schedule != "constant" else "constant_with_warmup",
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
@@ -295,11 +333,10 @@ def _arguments(recipe: Recipe, output: Path, examples: int, device: Any) -> Any:
         logging_steps=t.log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if recipe.data.validation else "no",
-        eval_steps=evaluate_every if recipe.data.validation else None,
+        eval_steps=t.evaluate_every or per_epoch if recipe.data.validation else None,
         save_strategy="steps",
-        save_steps=save_every,
-        save_total_limit=2,
-        load_best_model_at_end=bool(t.keep_best or t.early_stopping),
+        save_steps=t.save_every or per_epoch,
+        restore_callback_states_from_checkpoint=True,  # early stopping has counted
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         report_to=list(t.trackers) or "none",
@@ -310,9 +347,21 @@ def _arguments(recipe: Recipe, output: Path, examples: int, device: Any) -> Any:
     )
 
 
-def _check_finite(model: Any) -> None:
+def _check_trackers(recipe: Recipe) -> None:
+    for tracker in recipe.training.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RequestError(f"training.trackers names {tracker}, which is not installed: pip install {tracker}")
+
+
+def _check_trained(model: Any, start: str) -> None:
+    """See that the weights are finite, and not what they were at the `start`."""
     import torch
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise WorkError(f"the adapter's weight {name} is not finite after training: lower training.learning_rate")
+    if checkpoints.digest(model) == start:
+        raise WorkError(
+            "no weight of the adapter has changed: see that training.learning_rate is not too small for model.dtype,"
+            " and that the adapter's options leave it an effect"
+        )

@@ -28,17 +28,18 @@ RESERVE = 2**30  # bytes of what does not grow with the tokens: a chunk of logit
 TRAINED_BYTES = 16  # of a trained parameter: itself, its gradient and AdamW's two states, in float32
 
 
-def choose(model: "nn.Module", device: "torch.device", checkpointing: bool = False) -> int:
+def choose(model: "nn.Module", device: "torch.device", checkpointing: bool = False, graphs: bool = False) -> int:
     """Choose the tokens of a micro-batch: the least of `SIZES` at which the rate does not grow any more, if it fits.
 
     Args:
         model: the model with its adapter, on `device`.
         device: where it is trained.
         checkpointing: activations are computed again in the backward pass.
+        graphs: there will be CUDA graphs, whose memory is no other micro-batch's: both have to fit.
     """
     wanted = CPU_TOKENS if device.type == "cpu" else max(LEAST_TOKENS, ENOUGH_FLOP / flop_per_token(model))
     room = SHARE * total_memory(device) - fixed_bytes(model)
-    fitting = [size for size in SIZES if size * bytes_per_token(model, checkpointing) <= room]
+    fitting = [size for size in SIZES if size * bytes_per_token(model, checkpointing) * (1 + graphs) <= room]
     enough = next((size for size in SIZES if size >= wanted), SIZES[-1])
     return min(enough, fitting[-1] if fitting else SIZES[0])
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -14,19 +14,23 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from llm_adapters import processes
 from llm_adapters.compat.trainer import StepTrainer
 from llm_adapters.compat.transformers import recomputes_activations
 from llm_adapters.errors import WorkError
+from llm_adapters.files import append, write_text
 from llm_adapters.ops import dropout
 from llm_adapters.runs import RunFolder
 from llm_adapters.training import checkpoints
-from llm_adapters.training.collator import Collator, MicroBatch, Shuffle
+from llm_adapters.training.collator import Collator, MicroBatch
 from llm_adapters.training.graphs import MicroBatchGraphs
 from llm_adapters.training.halving import DoesNotFitError, RandomState, computing, until_it_fits
 from llm_adapters.training.memory import release_memory
 from llm_adapters.training.sizes import Sizes
+from llm_adapters.training.steps import Steps
 
 Result = TypeVar("Result")
 
@@ -43,6 +47,8 @@ class AdapterTrainer(StepTrainer):
     """
 
     tokens_seen = 0  # by this process, no padding counted
+    keep_best = False
+    best: dict[str, torch.Tensor] | None = None  # trainable parameters of the best adapter so far, where it is kept
     graphs: MicroBatchGraphs | None = None  # of its micro-batches
     _recomputes: bool | None = None  # activations, in the backward pass; known when Trainer has prepared the model
     _unchecked: "tuple[int, torch.Tensor, torch.cuda.Event] | None" = (
@@ -78,7 +84,9 @@ class AdapterTrainer(StepTrainer):
         micro_batches, total = self._within_memory(compute, undo, step)
         self._check_later(total)
         self.tokens_seen += sum(micro.tokens for micro in micro_batches)
-        return total
+        if self.accelerator.num_processes > 1:
+            add_up([p for p in self.model.parameters() if p.requires_grad])
+        return total * self.accelerator.num_processes  # Trainer takes the mean over the processes
 
     def _within_memory(self, compute: Callable[[], Result], undo: Callable[[], None], step: int) -> Result:
         """`until_it_fits`; before anything is halved, the graphs give their memory back."""
@@ -111,9 +119,8 @@ class AdapterTrainer(StepTrainer):
         total = torch.zeros((), device=self.args.device)
         if self.graphs is not None:
             self.graphs.begin_step()
-        for index, micro in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with computing(micro), contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for micro in micro_batches:
+            with computing(micro):
                 loss = self.graphs.run(micro, count, compute) if self.graphs is not None else None
                 total += compute(micro.arguments(), count) if loss is None else loss
         return total
@@ -124,8 +131,7 @@ class AdapterTrainer(StepTrainer):
             self._recomputes = recomputes_activations(model)
         seeds = contextlib.nullcontext() if self._recomputes else dropout.seeds_drawn_together()
         with self.compute_loss_context_manager(), seeds:
-            # DDP averages the ranks' gradients, and each rank's loss is already its share of the whole step's.
-            loss = model(**arguments)["loss"] / count * self.accelerator.num_processes
+            loss = model(**arguments)["loss"] / count
         # Backward functions are Python's own: a thread for them would only wait for this one.
         with torch.autograd.set_multithreading_enabled(False):
             self.accelerator.backward(loss)
@@ -160,18 +166,49 @@ class AdapterTrainer(StepTrainer):
         """Not counted: Trainer's estimate knows nothing of packs."""
         return 0
 
-    def train_sampler(self, examples: Any) -> Shuffle:
-        """Sampler whose order depends on the seed and the epoch alone."""
-        return Shuffle(len(examples), self.args.seed)
+    def get_train_dataloader(self) -> "StepLoader":
+        """The training examples, a batch for each step, in the order of the seed and the epoch."""
+        return self._loader(self.train_dataset, self.args.seed)
 
-    def save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Write the adapter into a checkpoint."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> "StepLoader":
+        """The examples that were held out, in their order."""
+        return self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, None)
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest validation loss so far."""
+        return math.inf if self.state.best_metric is None else self.state.best_metric
+
+    @property
+    def ended(self) -> bool:
+        """True if no step is left, or early stopping has left it."""
+        early = any(isinstance(it, EarlyStopping) and it.reached for it in self.callback_handler.callbacks)
+        return early or self.state.global_step >= self.state.max_steps
+
+    def _loader(self, examples: Any, seed: int | None) -> "StepLoader":
+        steps = Steps(
+            len(examples), self.args.per_device_train_batch_size, seed, self.args.process_index, self.args.world_size
+        )
+        # A generator of its own: Python's DataLoader draws a number for its workers, which would not be dropout's.
+        return StepLoader(examples, batch_sampler=steps, collate_fn=self.data_collator, generator=torch.Generator())
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the trainable parameters into a checkpoint."""
         self.check_loss()
-        checkpoints.save_weights(self.accelerator.unwrap_model(self.model), folder, state_dict)
+        checkpoints.save_weights(self.model, folder, self.best)
+
+    def load_weights(self, folder: Path) -> None:
+        """Read them."""
+        self.best = checkpoints.load_weights(self.model, folder)
+
+    def restore(self, folder: Path) -> None:
+        """Be as after the last step, as the checkpoint in `folder` has it: nothing is left to train."""
+        self.load_weights(folder)
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean cross-entropy per label over the validation split, whatever the batches are."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.model
         was_training = model.training
         model.eval()
         step = self.state.global_step + 1  # what does not fit here is not tried again there
@@ -189,10 +226,34 @@ class AdapterTrainer(StepTrainer):
             total = self._within_memory(compute, lambda: None, step)
         model.train(was_training)
         gathered = self.accelerator.reduce(total, "sum")
-        metrics = {"eval_loss": (gathered[0] / gathered[1]).item()}
+        loss = (gathered[0] / gathered[1]).item()
+        metrics = {"eval_loss": loss}
         self.log(metrics)
+        # The loss before the first step is one of no trained adapter.
+        if self.keep_best and self.state.global_step and loss < self.best_loss:
+            self.best = checkpoints.copy_of_trainable(model)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class StepLoader(torch.utils.data.DataLoader[Any]):
+    """A DataLoader of whole steps, which passes the epoch on to them."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of that pass over the data."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+def add_up(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the sum of all processes' gradients of `parameters`; one that has none counts as zero."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 def _require_finite(step: int, loss: torch.Tensor) -> None:
@@ -214,7 +275,6 @@ class Recorder(TrainerCallback):
 
     def __init__(self, folder: RunFolder, trainer: AdapterTrainer, display: "Any | None" = None) -> None:
         self.folder = folder
-        self.path = folder.log
         self.trainer = trainer
         self.display = display
         self.started_at = 0.0
@@ -222,7 +282,7 @@ class Recorder(TrainerCallback):
 
     @property
     def tokens(self) -> int:
-        """Tokens that all processes have trained on since this one started."""
+        """Tokens that all processes have trained on since this one started, about: they have equal shares."""
         return self.trainer.tokens_seen * self.trainer.accelerator.num_processes
 
     def on_train_begin(
@@ -230,12 +290,13 @@ class Recorder(TrainerCallback):
     ) -> None:
         """Start the clock; after a resume, forget the lines that the checkpoint does not know."""
         self.started_at = time.monotonic()
-        if self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            self.losses = [line for line in lines if line["step"] <= state.global_step]
+        self.resume(state)
+
+    def resume(self, state: TrainerState) -> None:
+        """Take over the lines up to the step of `state`."""
         if state.is_world_process_zero:
-            with self.path.open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in self.losses)
+            self.losses = [line for line in self.folder.read_log() if line["step"] <= state.global_step]
+            write_text(self.folder.log, "".join(json.dumps(line) + "\n" for line in self.losses))
 
     def on_log(
         self,
@@ -257,12 +318,21 @@ class Recorder(TrainerCallback):
         if bad:
             raise WorkError(f"{bad[0]} is {known[bad[0]]} at step {state.global_step}: lower training.learning_rate")
         self.losses.append(line)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append(self.folder.log, json.dumps(line, allow_nan=False) + "\n", flush=True)
         if self.display:
             self.display.log(line)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See that the first step has something to learn from."""
+        if state.global_step == 0:
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.requires_grad and p.grad is not None]
+            if not any(bool(gradient.any()) for gradient in gradients):
+                raise WorkError(
+                    "every gradient of the first step is 0, so that nothing would be learnt: see that the adapter's"
+                    " options leave it an effect"
+                )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the progress bar; log the last step, whatever `log_every` is."""
@@ -273,23 +343,46 @@ class Recorder(TrainerCallback):
             self.display.step(state.global_step, self.tokens / max(seconds, 1e-9))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as complete: only such a one is resumed from."""
+        """Mark the checkpoint as complete, once all processes have written: only such a one is resumed from."""
+        self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            checkpoints.complete(self.folder, state.global_step)
+            checkpoints.complete(self.folder, state.global_step, processes.count(), self.trainer.ended)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping; the best adapter is kept by `AdapterTrainer`."""
+
+    @property
+    def reached(self) -> bool:
+        """True once it has stopped the training."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Nothing: the library's warning is of its own way to keep the best."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Makes the first Ctrl-C (or SIGTERM) save a checkpoint at the end of the step and stop; the second one kills."""
+    """Makes the first Ctrl-C (or SIGTERM) save a checkpoint at the end of the step and stop; the second one kills.
+
+    Several processes stop after the same step, a few after the one in which the first of them hears of it.
+    """
+
+    _numbers = itertools.count()  # of the trainings, which are the same in every process
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.stopped = False
         self.previous: dict[int, Any] = {}
+        self._key = f"stop/{next(self._numbers)}"
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        print("stopping after this step, with a checkpoint (once more to stop at once)", file=sys.stderr)
+        if processes.is_first():
+            print("stopping after this step, with a checkpoint (once more to stop at once)", file=sys.stderr)
 
     def __enter__(self) -> "StopOnSignal":
         try:
@@ -304,6 +397,14 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask Trainer to save and stop."""
-        if self.received is not None and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+        if state.global_step < state.max_steps and self._is_last(state.global_step):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _is_last(self, step: int) -> bool:
+        if processes.count() == 1:
+            return self.received is not None
+        store = processes.shared_store()
+        if self.received is not None:
+            # A step needs all processes, and each is at most two of them ahead of what it has heard of.
+            return step >= int(store.compare_set(self._key, "", str(step + 3)))
+        return store.check([self._key]) and step >= int(store.get(self._key))

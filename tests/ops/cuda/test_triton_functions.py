@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -141,7 +142,7 @@ def test_cross_entropy(reference, dtype: torch.dtype) -> None:
     compare(reference, compute, hidden)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2] if DEVICE == "cuda" else [0.2])  # without dropout the products are cuBLAS's
+@pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize(("rows", "into", "out", "rank"), [(5, 40, 24, 3), (70, 130, 66, 33)])
 def test_lora(reference, monkeypatch: pytest.MonkeyPatch, p: float, rows: int, into: int, out: int, rank: int) -> None:
     """Forward and every gradient: no further from float64 than the reference, `TIMES` at most."""
@@ -171,6 +172,29 @@ def test_lora(reference, monkeypatch: pytest.MonkeyPatch, p: float, rows: int, i
         close(found, expected, exact)
 
 
+def test_the_matrices_of_a_lora_are_rounded_once_and_scaled_by_the_products(reference, monkeypatch) -> None:
+    """What is launched besides the products, the rounding of A and B, and one factor of a gradient: nothing."""
+    reference()
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch, "mm", lambda one, other, out_dtype=None: (one @ other).to(out_dtype or one.dtype))
+    x, weight = draw(5, 40, dtype=torch.float16).requires_grad_(), draw(24, 40, dtype=torch.float16, seed=1)
+    a, b = (draw(*shape, seed=2).requires_grad_() for shape in ((4, 40), (24, 4)))
+    launched: list[str] = []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            launched.append(str(func).split(".")[1])
+            return func(*args, **(kwargs or {}))
+
+    with Launches():
+        out = lora.lora_linear(x, weight, None, a, b, 2.0, 0.0)
+        forward = len(launched)
+        out.backward(torch.ones_like(out))
+    assert launched[:forward].count("_to_copy") == 2
+    assert not {"mul", "clone", "randint"} & set(launched)
+    assert launched.count("mul_") == 1
+
+
 def test_a_planted_fault_is_seen(reference) -> None:
     """The comparison above is not blind: a scale off by a hundredth."""
     x, weight = draw(70, 130, dtype=torch.bfloat16), draw(66, 130, dtype=torch.bfloat16, seed=1)
@@ -183,7 +207,9 @@ def test_a_planted_fault_is_seen(reference) -> None:
 def test_functions_have_the_names_of_the_contract() -> None:
     from llm_adapters.ops.cpu import functions as cpu
 
-    own = {"packed_attention"}  # which has its own gradient, in place of varlen_attention and its backward function
+    # The attention has its own gradient, in place of varlen_attention and its backward function. On a CPU the weights
+    # of a LoRA are rounded when they are packed.
+    own = {"packed_attention", "lora_weights"}
     assert set(cuda.__all__) - own <= set(cpu.__all__)
     assert all(callable(getattr(cuda, name)) for name in cuda.__all__)
     assert cuda.unsupported_reason(torch.float64) is not None

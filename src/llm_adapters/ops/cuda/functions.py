@@ -18,7 +18,13 @@ from llm_adapters.ops.cuda.elementwise import (
     swiglu,
     swiglu_backward,
 )
-from llm_adapters.ops.cuda.lora import grad_weight, linear_lora, supports_grad_weight, supports_linear_lora
+from llm_adapters.ops.cuda.lora import (
+    grad_weight,
+    linear_lora,
+    lora_weights,
+    supports_grad_weight,
+    supports_linear_lora,
+)
 
 __all__ = [
     "cross_entropy_",
@@ -27,6 +33,7 @@ __all__ = [
     "grad_weight",
     "has_fast_linear",
     "linear_lora",
+    "lora_weights",
     "packed_attention",
     "rms_norm",
     "rms_norm_backward",

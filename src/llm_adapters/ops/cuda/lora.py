@@ -90,9 +90,14 @@ def _grad_kernel(
     tl.store(out + r[:, None] * features + k[None, :], total * scale, inside)
 
 
+def lora_weights(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B in the precision of `x`, rounded once for the forward and the backward pass."""
+    return a.to(x.dtype), b.to(x.dtype)
+
+
 def supports_linear_lora(x: torch.Tensor, in_features: int, out_features: int, branch: "LoraBranch") -> bool:
-    """True where dropout is worth a function, in half precision and for ranks that one program holds."""
-    return branch.seed is not None and x.dtype in (torch.bfloat16, torch.float16) and len(branch.a) <= _MAX_RANK
+    """True in half precision, for ranks that one program holds."""
+    return x.dtype in (torch.bfloat16, torch.float16) and len(branch.a) <= _MAX_RANK
 
 
 def supports_grad_weight(x: torch.Tensor, rank: int, width: int) -> bool:
@@ -105,15 +110,16 @@ def linear_lora(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.linear.linear_lora`."""
     a, b, a_scale, b_scale, seed, p, drops_input = branch
-    assert seed is not None
     down, up = a.to(x.dtype), b.to(x.dtype)
     out, x = functional.linear(x, weight, bias), x.contiguous()
     hidden = x.new_empty(len(x), len(down))
     # The factors are the products' own: no pass over a matrix for them.
-    if drops_input:
+    if seed is not None and drops_input:
         _run_down(x, down.contiguous(), hidden, seed, p, a_scale)
+    else:
+        torch.addmm(hidden, x, down.t(), beta=0, alpha=a_scale, out=hidden)
+    if seed is None or drops_input:
         return out.addmm_(hidden, up.t(), alpha=b_scale), hidden
-    torch.addmm(hidden, x, down.t(), beta=0, alpha=a_scale, out=hidden)
     _run_up_add(hidden, up.t().contiguous(), out, seed, p, b_scale)
     return out, hidden
 
@@ -121,7 +127,8 @@ def linear_lora(
 def grad_weight(left: torch.Tensor, x: torch.Tensor, scale: float, seed: torch.Tensor | None, p: float) -> torch.Tensor:
     """See `ops.linear.grad_weight`."""
     if seed is None:
-        return torch.mm(left.t(), x, out_dtype=torch.float32).mul_(scale)
+        out = torch.mm(left.t(), x, out_dtype=torch.float32)
+        return out if scale == 1.0 else out.mul_(scale)
     left, x = left.contiguous(), x.contiguous()
     (rows, rank), features = left.shape, x.shape[1]
     out = x.new_empty(rank, features, dtype=torch.float32)
