@@ -68,11 +68,14 @@ def find_adapter(folder: Path) -> Path:
     return found
 
 
+def read_note(folder: Path) -> dict[str, Any]:
+    """What `write_note` has written beside the adapter in `folder`; empty where it has not."""
+    return read_json(folder / _NOTE) if (folder / _NOTE).is_file() else {}
+
+
 def read_template(folder: Path) -> str | None:
     """Prompt template that the adapter in `folder` was trained with; None where nothing says so."""
-    if not (folder / _NOTE).is_file():
-        return None
-    template = read_json(folder / _NOTE).get("template")
+    template = read_note(folder).get("template")
     if not isinstance(template, str | None):
         raise RequestError(f"{str(folder / _NOTE)!r} has the template {template!r}: it must be a name.")
     return template
@@ -90,6 +93,14 @@ def read_base(folder: Path) -> str | None:
             f"{str(folder / ADAPTER_CONFIG)!r} has base_model_name_or_path {base!r}: it must be the name of a model."
         )
     return base or None
+
+
+def read_base_weights(folder: Path) -> str | None:
+    """Fingerprint of the weights that the adapter in `folder` was trained on; None where nothing says so."""
+    digest = read_note(folder).get("base_weights")
+    if not isinstance(digest, str | None):
+        raise RequestError(f"{str(folder / _NOTE)!r} has base_weights {digest!r}: it must be a fingerprint.")
+    return digest
 
 
 def write_note(folder: Path, template: str, **more: Any) -> None:

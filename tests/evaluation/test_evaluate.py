@@ -60,10 +60,9 @@ def scripted(monkeypatch):
     return asked
 
 
-def make_run(base, run, template="plain", manifest=None):
-    adapted = peft.get_peft_model(
-        load_base(base).model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    )
+def make_run(base, run, template="plain", manifest=None, trained=True):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=not trained)
+    adapted = peft.get_peft_model(load_base(base).model, config)
     adapted.save_pretrained(run / "adapter")
     config = {"model": {"name": str(base), "dtype": "float32"}, "data": {"template": template}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -93,6 +92,28 @@ def test_the_whole_way_on_a_tiny_model(base, tmp_path):
     assert again.records == found.records
     assert again.tasks == found.tasks
     assert sorted(path.name for path in found.folder.iterdir()) == ["summary.json", "wordproblems.jsonl"]
+
+
+def test_an_adapter_that_does_nothing_is_measured_only_if_that_is_allowed(base, task, tmp_path, scripted):
+    run = make_run(base, tmp_path / "run", trained=False)
+    with pytest.raises(RequestError, match=r"does nothing.*allow_untrained=True"):
+        evaluate(run, tasks=[task])
+    assert not (run / "eval").exists()
+    assert not scripted
+    assert evaluate(run, tasks=[task], allow_untrained=True).tasks["own"].total == 4
+
+
+def test_the_summary_says_whether_the_base_is_the_adapters_own(base, task, tmp_path, scripted):
+    run = make_run(base, tmp_path / "run")
+    assert evaluate(run, tasks=[task]).about["model"]["base_of_adapter"] == "not known"
+    note = {"template": "plain", "base_weights": load_base(base).weights_fingerprint()}
+    (run / "adapter" / "llm_adapters.json").write_text(json.dumps(note))
+    assert evaluate(run, tasks=[task]).about["model"]["base_of_adapter"] == "the same"
+    twin = save_tiny(tmp_path / "twin", seed=3)
+    with pytest.raises(RequestError, match="another base model"):
+        evaluate(twin, run / "adapter", tasks=[task])
+    found = evaluate(twin, run / "adapter", tasks=[task], allow_other_base=True, check_invariance=1, dtype="bfloat16")
+    assert found.about["model"]["base_of_adapter"] == "another"
 
 
 def test_scores_and_summary(base, task, tmp_path, scripted):

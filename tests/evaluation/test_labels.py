@@ -4,6 +4,7 @@ import pytest
 
 from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.labels import check_labels
+from llm_adapters.tasks.catalog import CATALOG, load_task
 from llm_adapters.tasks.examples import Example, Task
 
 
@@ -37,3 +38,17 @@ def test_a_letter_that_the_question_does_not_name() -> None:
     assert "1 of 2 questions do not name the letter" in check_labels(task, examples("A", "C"))[0]
     with pytest.raises(RequestError, match=r"columns: \{choices: COLUMN\}"):
         check_labels(task, examples("A", "B", question="A shed or the river?".replace("A shed", "Shed")))
+
+
+@pytest.mark.parametrize("name", [name for name, task in CATALOG.items() if task.split == "test"])
+def test_no_label_of_the_catalogue_raises_an_alarm(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = CATALOG[name]
+    if not task.embedded:
+        mirror = request.getfixturevalue("shared_data")
+        if not (mirror / task.local).is_file():
+            pytest.skip("its file is too large for the mirror")
+        monkeypatch.setenv("LLM_ADAPTERS_MIRROR", str(mirror))
+    assert check_labels(task, load_task(name)) == []
+    assert not caplog.text

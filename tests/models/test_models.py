@@ -451,6 +451,58 @@ def test_adapter_fingerprint(folder, adapter, tmp_path):
     assert load_base(folder).adapter_fingerprint() is None
 
 
+def note(adapter, base):
+    document = {"template": "plain", "base_weights": load_base(base).weights_fingerprint()}
+    (adapter / "llm_adapters.json").write_text(json.dumps(document))
+
+
+def test_the_base_that_an_adapter_was_trained_on_is_told_by_its_weights(folder, adapter, tmp_path, caplog):
+    assert load(folder, adapter).base_of_adapter == "not known"
+    assert load(folder).base_of_adapter is None
+    note(adapter, folder)
+    assert load(adapter).base_of_adapter == "the same"
+    shards = tmp_path / "copy"  # the same weights in other files, with a config that another release has written
+    tiny_model("llama").save_pretrained(shards, max_shard_size="40KB")
+    tiny_tokenizer().save_pretrained(shards)
+    edit(shards / "config.json", transformers_version="9.9", some_new_field=1)
+    assert load(shards, adapter).base_of_adapter == "the same"
+    assert not caplog.records
+
+
+def test_another_base_of_the_same_shapes_is_refused_unless_it_is_allowed(folder, adapter, tmp_path, caplog):
+    note(adapter, folder)
+    twin = save_tiny(tmp_path / "twin")
+    edit_weights(twin / "model.safetensors", lambda weights: weights["model.norm.weight"].mul_(1.01))
+    with pytest.raises(RequestError, match=r"was trained on another base model than .*twin.* --allow-other-base"):
+        load(twin, adapter)
+    assert load(twin, adapter, allow_other_base=True).base_of_adapter == "another"
+    assert "another base model" in caplog.text
+
+
+def test_a_fingerprint_that_is_none(folder, adapter):
+    (adapter / "llm_adapters.json").write_text(json.dumps({"base_weights": 7}))
+    with pytest.raises(RequestError, match="has base_weights 7"):
+        load(folder, adapter)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_an_adapter_of_others_names_in_vain_is_a_warning(folder, adapter, caplog):
+    edit(adapter / "adapter_config.json", target_modules=["q_proj", "down_proj", "c_attn"])
+    (warning,) = load(folder, adapter).warnings
+    assert "target_modules has 'c_attn'" in warning
+    assert warning in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_starts_that_loading_makes_anew(folder, tmp_path):
+    for start in ("pissa", "pissa_niter_4"):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["v_proj"], init_lora_weights=start)
+        save_adapter(folder, tmp_path / start, config)
+    assert "works out anew" in load(folder, tmp_path / "pissa").warnings[0]
+    with pytest.raises(RequestError, match="loading it would make another"):
+        load(folder, tmp_path / "pissa_niter_4")
+
+
 def spoil_adapter(change):
     return lambda adapter: edit_weights(adapter / "adapter_model.safetensors", change)
 
@@ -545,7 +597,7 @@ def test_requests_that_contradict_themselves(folder, adapter, tmp_path):
 def test_a_config_that_is_none(folder, tmp_path, config):
     save_run(folder, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(config)
-    with pytest.raises(RequestError, match="is not the config of a run"):
+    with pytest.raises(RequestError, match=r"is not the config of a run|is not a YAML file that can be read"):
         load(tmp_path / "run")
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.tasks import download
+from llm_adapters.tasks import catalog, download
 from llm_adapters.tasks.answers import KINDS
 from llm_adapters.tasks.catalog import CATALOG, get, load_task, load_training_data
 from llm_adapters.tasks.examples import Example
@@ -253,3 +253,7 @@ def test_the_shared_training_sets_have_responses(shared_data, monkeypatch):
     assert not any("<<" in example.response for example in gsm8k)
     assert all(example.response.endswith(f"#### {example.answer}") for example in gsm8k)
     assert len(load_training_data("math-data")) == 3257  # three of its 3,260 have no output
+
+
+def test_no_two_rows_have_one_name():
+    assert len(catalog.CATALOG) == len(list(catalog._rows()))

@@ -1,5 +1,6 @@
 """What `data check` reports: the leaks of the paper's first training set, and duplicates among the test sets."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,14 @@ def test_a_persons_own_files_are_checked_too(tmp_path: Path) -> None:
     report = contamination.check(str(train), [str(task)])
     assert (report[str(task)]["total"], report[str(task)]["exact"]) == (2, 2)
     assert contamination.duplicates([str(task)]) == {"within": {str(task): 1}, "across": {}}
+
+
+def test_a_question_of_an_earlier_turn_leaks_too(tmp_path: Path) -> None:
+    test = {"question": "Tom has 3 apples. How many?", "answer": "3"}
+    turns = [("user", test["question"]), ("assistant", "3"), ("user", "Sure?"), ("assistant", "Yes.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": messages}))
+    (tmp_path / "test.jsonl").write_text(json.dumps(test))
+    (tmp_path / "test.yaml").write_text("kind: number\nfile: test.jsonl\n")
+    task = str(tmp_path / "test.yaml")
+    assert contamination.check(str(tmp_path / "train.jsonl"), [task])[task]["exact"] == 1

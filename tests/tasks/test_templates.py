@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 
 from llm_adapters.errors import RequestError
+from llm_adapters.tasks import templates
 from llm_adapters.tasks.examples import Example
 from llm_adapters.tasks.templates import (
     TEMPLATES,
@@ -176,6 +177,7 @@ def test_an_empty_response_still_teaches_to_stop():
 def test_the_typed_names_are_the_rows():
     assert set(get_args(TemplateName)) == set(TEMPLATES)
     assert all(name == row.name for name, row in TEMPLATES.items())
+    assert len(TEMPLATES) == len(templates._ROWS)  # no two of one name
 
 
 def test_errors_say_what_to_do():

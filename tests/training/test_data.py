@@ -87,3 +87,13 @@ def test_what_is_too_long_in_any_case_is_not_tokenised(too_long: str, monkeypatc
 def test_control_tokens_in_the_words_are_counted() -> None:
     examples = [*EXAMPLES, Example("What is </s>?", response="r"), Example("q", response="r</s>")]
     assert prepare(examples, tiny_tokenizer(), settings(), seed=1).counts()["control_tokens_as_text"] == 1
+
+
+@pytest.mark.parametrize("where", ["question", "response"])
+def test_a_token_that_the_model_does_not_have_is_told_with_its_example(where: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    examples = [*EXAMPLES[:3], Example(**{"question": "What?", "response": "That.", where: "a <new> word"})]
+    assert len(prepare(examples, tokenizer, settings(), seed=1, embeddings=301).train) == 4
+    with pytest.raises(RequestError, match=r"example 4 .*token 300 \('<new>'\).* embeddings of 300 tokens"):
+        prepare(examples, tokenizer, settings(), seed=1, embeddings=300)

@@ -5,9 +5,12 @@ import functools
 import itertools
 import os
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from llm_adapters.tasks.templates import Encoded
 from llm_adapters.training import Interrupted, Run, train
 from llm_adapters.training import graphs as graphs_module
 from llm_adapters.training.collator import Collator, MicroBatch
-from llm_adapters.training.graphs import LIMIT, MicroBatchGraphs
+from llm_adapters.training.graphs import LIMIT, CudaCapture, MicroBatchGraphs
 from llm_adapters.training.trainer import Recorder
 
 
@@ -303,3 +306,86 @@ def test_graphs_give_their_memory_back_before_micro_batches_get_smaller(
     assert "memory" in full.manifest["fast_paths"]["CUDA graphs"]
     assert not full.manifest["micro_batch_tokens"]["halvings"]
     assert all(torch.equal(trained(whole)[name], weight) for name, weight in trained(full).items())
+
+
+class FakeCuda:
+    """As much of torch.cuda as `CudaCapture` calls; what happens on which stream is written down."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.did, self.sync_mode = FakeStream("main", self), list[str](), 0
+        replaced = {
+            "Stream": lambda device: FakeStream("side", self),
+            "current_stream": lambda device: self.now,
+            "set_stream": lambda stream: setattr(self, "now", stream),
+            "stream": self.stream,
+            "graph": self.graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.did.append(f"replay on {self.now.name}")),
+            "graph_pool_handle": lambda: (0, 1),
+            "get_sync_debug_mode": lambda: self.sync_mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "sync_mode", mode),
+        }
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def stream(self, stream: "FakeStream") -> Iterator[None]:
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: "FakeStream", capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        before, self.now = self.now, stream
+        yield
+        self.now = before  # not where a capture fails, as in torch
+
+
+class FakeStream:
+    def __init__(self, name: str, cuda: FakeCuda) -> None:
+        self.name, self.cuda, self.device = name, cuda, "cuda:0"
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.cuda.did.append(f"{self.name} waits for {other.name}")
+
+
+def failing(message: str) -> Callable[[], None]:
+    def function() -> None:
+        raise RuntimeError(message)
+
+    return function
+
+
+def test_the_stream_is_as_before_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+    capture.compute(lambda: cuda.did.append(f"computed on {cuda.now.name}"))
+    order = ["side waits for main", "computed on side", "main waits for side"]
+    assert cuda.did == order
+    with pytest.raises(RuntimeError, match="memory"):
+        capture.compute(failing("out of memory"))
+    assert cuda.did[len(order) :] == ["side waits for main", "main waits for side"]
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture.capture(failing("capture was invalidated"))
+    assert cuda.now.name == "main"
+    capture.capture(lambda: None)()
+    assert cuda.did[-1] == "replay on main"
+
+
+def test_where_the_host_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+
+    def waiting() -> None:
+        assert cuda.sync_mode == "warn"
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    told = capture.waits(waiting)
+    assert told is not None
+    assert "test_graphs.py" in told
+    assert capture.waits(lambda: warnings.warn("deprecated", stacklevel=1)) is None
+    with pytest.raises(RuntimeError):
+        capture.waits(failing("out of memory"))
+    assert cuda.sync_mode == 0

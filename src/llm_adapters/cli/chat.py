@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from llm_adapters.compat.jsonargparse import Count
+from llm_adapters.errors import harmless
 from llm_adapters.tasks.templates import TemplateName
 
 
@@ -14,6 +15,8 @@ def chat(
     adapter: Path | None = None,
     template: TemplateName | None = None,
     max_new_tokens: Count = 256,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
 ) -> None:
     """Talk to a base model, an adapter or a run in the terminal; an empty line or Ctrl-D ends it.
 
@@ -24,6 +27,8 @@ def chat(
         adapter: an adapter's folder, to go on the model.
         template: the prompt template; by default the adapter's own, or chat for a bare model that has one.
         max_new_tokens: the longest answer, in tokens.
+        allow_untrained: talk to an adapter that does nothing, too.
+        allow_other_base: put an adapter on other weights than those that it was trained on, too.
 
     Raises:
         RequestError: the model or the adapter cannot be loaded, or the template does not fit the tokenizer.
@@ -31,9 +36,12 @@ def chat(
     from llm_adapters.generation import generator as generation
     from llm_adapters.generation.streaming import TextStream
     from llm_adapters.models import loading as models
+    from llm_adapters.models.untrained import check_trained
     from llm_adapters.tasks.templates import encode_prompt, render_prompt, response_of
 
-    loaded = models.load(model, adapter)
+    loaded = models.load(model, adapter, allow_other_base=allow_other_base)
+    if not allow_untrained:
+        check_trained(loaded.model, str(loaded.adapter))
     fallback = "chat" if getattr(loaded.tokenizer, "chat_template", None) else "alpaca"
     chosen = template or loaded.template or fallback
     render_prompt(chosen, "", tokenizer=loaded.tokenizer)  # a template that does not fit is told before the first word
@@ -57,7 +65,7 @@ def chat(
             stream = TextStream(loaded.tokenizer, response)
 
             def show_token(_: int, token: int, stream: TextStream = stream) -> None:
-                show(stream.add(token))
+                show(harmless(stream.add(token)))
 
             for _, answer in generator.generate([ids], show_token):
-                print(stream.finish(answer.text), flush=True)
+                print(harmless(stream.finish(answer.text)), flush=True)

@@ -22,8 +22,11 @@ def evaluate(
     max_new_tokens: Count | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
+    quantization: Literal["auto", "nf4", "int8"] | None = "auto",
     output: Path | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
     html: bool = False,
     json: bool = False,
 ) -> None:
@@ -41,8 +44,11 @@ def evaluate(
         max_new_tokens: the longest answer, in tokens; 256 if not given.
         dtype: precision; auto is bfloat16 where the hardware multiplies it natively, else float32.
         device: the device to run on; auto takes an accelerator if there is one.
+        quantization: store the base's weights in fewer bits; auto does as when the adapter was trained.
         output: the folder for records and summary; a run's own folder if not given.
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
+        allow_untrained: measure an adapter that does nothing, too.
+        allow_other_base: measure an adapter on other weights than those that it was trained on, too.
         html: write errors.html beside the records, a page to read questions, outputs and answers in.
         json: print the result as one JSON document on stdout.
     """
@@ -70,8 +76,11 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         device=device,
+        quantization=quantization,
         output=output,
         check_invariance=check_invariance,
+        allow_untrained=allow_untrained,
+        allow_other_base=allow_other_base,
     )
     if html and result.folder:
         write_report(result.folder)

@@ -22,6 +22,7 @@ from llm_adapters.files import check_folder, lock, refuse_links, remove_temporar
 from llm_adapters.generation import generator as generation
 from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
+from llm_adapters.models.untrained import check_trained
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks import leakage
 from llm_adapters.tasks.catalog import get, load_task
@@ -44,9 +45,12 @@ def evaluate(
     max_new_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: str | None = "auto",
     output: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check_invariance: int = 0,
+    allow_untrained: bool = False,
+    allow_other_base: bool = False,
 ) -> Evaluation:
     """Measure a run, an adapter on a base model, or a bare base model on `tasks`.
 
@@ -54,7 +58,8 @@ def evaluate(
     too), or a model that it returned. `tasks` are
     names of the catalogue or paths of task files; `limit` takes the first so many questions of each. `protocol` is
     ``"default"``, ``"strict"`` or ``"paper"``. `template` None uses the one that the adapter was trained with, or
-    ``alpaca`` for a bare model. `batch_size` None chooses one; `max_new_tokens` None is 256.
+    ``alpaca`` for a bare model. `quantization` is ``"nf4"``, ``"int8"`` or None; ``"auto"`` stores the base's weights
+    as they were when the adapter was trained. `batch_size` None chooses one; `max_new_tokens` None is 256.
 
     Records and summary are written to ``eval/<protocol>/`` under `output`, or under the run folder; for anything else
     without `output` nothing is written. An interrupted evaluation goes on where it stopped when it is asked for again.
@@ -62,6 +67,9 @@ def evaluate(
 
     `check_invariance` N asks N questions of each task again, one at a time and in float32, and reports how many scores
     flip: what batching and the precision do to the score.
+
+    An adapter that does nothing is refused unless `allow_untrained`; one on a base model with other weights than those
+    that it was trained on, unless `allow_other_base`.
 
     Under torchrun the first process measures, and the others wait for it and return the same.
 
@@ -80,9 +88,12 @@ def evaluate(
             max_new_tokens,
             dtype,
             device,
+            quantization,
             output,
             progress,
             check_invariance,
+            allow_untrained,
+            allow_other_base,
         )
     )
 
@@ -98,9 +109,12 @@ def _evaluate(
     max_new_tokens: int | None,
     dtype: str,
     device: str,
+    quantization: str | None,
     output: str | os.PathLike[str] | None,
     progress: bool | None,
     check_invariance: int,
+    allow_untrained: bool,
+    allow_other_base: bool,
 ) -> Evaluation:
     rule = get_protocol(protocol)
     asked, new_tokens = rule.resolve(template, max_new_tokens)
@@ -117,11 +131,20 @@ def _evaluate(
         check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
-        loaded = load(run_or_model, adapter, dtype=dtype, device=device)
+        loaded = load(
+            run_or_model,
+            adapter,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            allow_other_base=allow_other_base,
+        )
     elif adapter is None:
         loaded = run_or_model
     else:
         raise RequestError("a loaded model has its adapter already: load it with the other adapter instead.")
+    if not allow_untrained:
+        check_trained(loaded.model, str(loaded.adapter))
     used, origin = _template(asked, rule, loaded)
     settings = _Settings(rule, used, new_tokens, batch_size)
     trained_on = _trained_on(loaded)
@@ -267,11 +290,13 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
             "fingerprint": loaded.fingerprint(),
             "adapter": str(loaded.adapter) if loaded.adapter else None,
             "adapter_fingerprint": loaded.adapter_fingerprint(),
+            "base_of_adapter": loaded.base_of_adapter,
             "tokenizer_fingerprint": loaded.tokenizer_fingerprint(),
         },
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
         "template": {"name": settings.template, "origin": origin, **date},
         "precision": str(loaded.dtype).removeprefix("torch."),
+        "quantization": loaded.quantization.to_dict() if loaded.quantization else None,
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -396,9 +421,15 @@ def _in_float32(loaded: LoadedModel) -> LoadedModel:
     if loaded.dtype == torch.float32:
         return loaded
     device = str(loaded.device)
-    if loaded.run:
-        return load(loaded.run, dtype="float32", device=device)
-    return load(loaded.name, loaded.adapter, dtype="float32", device=device)
+    source, adapter = (loaded.run, None) if loaded.run else (loaded.name, loaded.adapter)
+    return load(
+        source,
+        adapter,
+        dtype="float32",
+        device=device,
+        quantization=loaded.quantization,
+        allow_other_base=True,
+    )
 
 
 def _ask_again(

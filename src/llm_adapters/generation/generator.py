@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.models import context_length
 from llm_adapters.models.memory import free_memory
+from llm_adapters.models.starts import check_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +83,8 @@ class Generator:
             why), ``fast_paths`` which of them are on, or why not.
 
     Raises:
-        RequestError: a size below 1, or an adapter that the model does not have.
+        RequestError: a size below 1, an adapter that the model does not have, or one whose base model another has
+            changed.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Generator:
         from llm_adapters.fast_paths.session import FastPaths
         from llm_adapters.generation.forward import unsupported_reason
 
+        check_base(self.model, self.adapters)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             reason: str | None = "asked for"

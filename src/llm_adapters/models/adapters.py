@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llm_adapters.adapter_files import adapter_weights, read_base, read_weights
 from llm_adapters.errors import RequestError, first_line, some
+from llm_adapters.models import starts, targets
 from llm_adapters.models.insertion import LOADED, check_memory, check_patterns
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def attach(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     read_base(folder)
     with _refusing(folder, "cannot be read"):
         config = PeftConfig.from_pretrained(str(folder))
+    starts.check_loadable(config, folder)
     check_patterns(model, config)
     check_memory(model, config, LOADED)
     weights = read_weights(folder)
@@ -45,6 +47,24 @@ def attach(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     with _refusing(folder, misfit):
         _probe(adapted.eval())
     return adapted
+
+
+def doubts(adapted: "PeftModel", folder: Path) -> list[str]:
+    """Tell what of the adapter in `folder`, which is on the model, has no effect or perhaps another than in training.
+
+    Returns:
+        A sentence for each.
+    """
+    from peft import PeftConfig
+
+    asked = PeftConfig.from_pretrained(str(folder))
+    found = [f"the adapter {str(folder)!r}: {told}." for told in targets.unmatched(adapted, asked)]
+    if starts.changes_base(asked):
+        found.append(
+            f"the adapter {str(folder)!r} began with a part of its base model's weights (init_lora_weights "
+            f"{asked.init_lora_weights!r}), which PEFT works out anew from the base model that it is loaded on."
+        )
+    return found
 
 
 def _compare(adapted: "PeftModel", weights: "dict[str, torch.Tensor]", folder: Path) -> None:

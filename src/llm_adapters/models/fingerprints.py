@@ -35,12 +35,22 @@ def versions(*more: str) -> dict[str, str]:
 def base_fingerprint(folder: Path, memory: Path | None = None) -> str:
     """SHA-256 of what the model in `folder` computes with: each weight's name, type, shape and bytes, and the config.
 
+    Args:
+        folder: the model's.
+        memory: as of `weights_fingerprint`.
+    """
+    return _with_config(weights_fingerprint(folder, memory), folder / "config.json", _VOLATILE)
+
+
+def weights_fingerprint(folder: Path, memory: Path | None = None) -> str:
+    """SHA-256 of the weights of the model in `folder`: each one's name, type, shape and bytes.
+
     The same whatever files the weights are spread over, whoever wrote them.
 
     Args:
         folder: the model's.
-        memory: a JSON file in which the digest of the weights is kept by path, size and time of change, since many
-            gigabytes take a while.
+        memory: a JSON file in which the digest is kept by path, size and time of change, since many gigabytes take a
+            while.
     """
     files = weight_files(folder)
     stats = [(str(file.resolve()), file.stat()) for file in files]
@@ -52,9 +62,9 @@ def base_fingerprint(folder: Path, memory: Path | None = None) -> str:
     if key not in known:
         known[key] = _weights_digest(files)
         if memory is not None:
-            with contextlib.suppress(OSError):  # a memory that cannot be written is done without
+            with contextlib.suppress(OSError):  # a cache that cannot be written is done without
                 write_json(memory, known)
-    return _with_config(known[key], folder / "config.json", _VOLATILE)
+    return known[key]
 
 
 def adapter_fingerprint(folder: Path) -> str:

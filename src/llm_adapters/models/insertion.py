@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llm_adapters.errors import RequestError, WorkError, first_line, from_system, shortened
+from llm_adapters.models import starts, targets
 from llm_adapters.models.memory import free_memory
 
 if TYPE_CHECKING:
@@ -51,21 +52,27 @@ def insert(model: Any, config: "PeftConfig", **options: Any) -> "PeftModel":
         options: further ones of PEFT's `get_peft_model`.
 
     Raises:
-        RequestError: the options do not fit the model, ask for more memory than is free, or hold a pattern that is none
-            or takes too long.
+        RequestError: the options do not fit the model, name a part that it does not have, ask for more memory than is
+            free, hold a pattern that is none or takes too long, or want a start that cannot be saved.
     """
     from peft import get_peft_model
 
+    starts.check_start(config)
     check_patterns(model, config)
     check_memory(model, config)
+    asked = copy.deepcopy(config)
     try:
-        return get_peft_model(model, config, **options)
+        adapted = get_peft_model(model, config, **options)
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # PEFT raises many kinds, all about its options
         if isinstance(told := from_system(error), WorkError):
             raise told from error
         raise RequestError(f"the adapter does not fit the model: {first_line(error)}") from error
+    if found := targets.unmatched(adapted, asked):
+        raise RequestError(f"{found[0]}.")
+    starts.keep_start(adapted)
+    return adapted
 
 
 def check_patterns(model: "nn.Module", config: "PeftConfig") -> None:

@@ -27,7 +27,7 @@ def check(train: str, against: Sequence[str], columns: Mapping[str, str] | None 
         catalog.get(name)  # an unknown name is told before a training set is downloaded
     training = catalog.load_training_data(train, columns, questions_only=True)
     tests = {name: _questions(name) for name in against}
-    asked = (example.question for example in counted(training, f"comparing {train}"))
+    asked = (question for example in counted(training, f"comparing {train}") for question in example.questions)
     found = leakage.overlaps(asked, tests)
     return {name: overlap.to_dict() for name, overlap in found.items()}
 

@@ -29,6 +29,11 @@ class Example:
     answer: str = ""
     history: tuple[Message, ...] = ()
 
+    @property
+    def questions(self) -> list[str]:
+        """All that the user asks, earlier turns too: what a test set must not hold."""
+        return [self.question, *(content for role, content in self.history if role == "user")]
+
 
 class Examples(Sequence[Example]):
     """Examples of a data set, held as UTF-8 in one buffer: a million of 100 bytes take some 140 MB.

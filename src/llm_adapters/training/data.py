@@ -24,7 +24,7 @@ class TrainingData:
 
     Attributes:
         train, validation: encoded examples, in the order of the seed's shuffle.
-        questions: the questions trained on, for the contamination report.
+        questions: the questions trained on, those of earlier turns too, for the contamination report.
         dropped: how many examples were longer than the limit and left out.
         truncated: how many were longer and truncated.
         control_tokens: how many hold, in their words, what the tokenizer takes for a control token: it stays text.
@@ -63,6 +63,7 @@ def prepare(
     settings: DataSettings,
     seed: int,
     context: int | None = None,
+    embeddings: int | None = None,
 ) -> TrainingData:
     """Shuffle with the seed, encode, deal with what is too long up to `settings.limit`, hold out the validation split.
 
@@ -72,15 +73,17 @@ def prepare(
         settings: the recipe's data section.
         seed: decides the shuffle.
         context: the longest sequence that the base model takes; None where it has no limit.
+        embeddings: number of tokens that the base model has an embedding of; None for any.
 
     Raises:
-        RequestError: nothing is left to train on, or an example is too long and `settings.too_long` is ``"error"``.
+        RequestError: nothing is left to train on, an example is too long and `settings.too_long` is ``"error"``, or one
+            has a token that the model does not have.
     """
     if context is not None and settings.max_length > context:
         raise RequestError(f"data.max_length is {settings.max_length}: the model takes at most {context} tokens")
     order = list(range(len(examples)))  # positions, since a million examples themselves would not fit as well
     random.Random(seed).shuffle(order)
-    encoded, counts = _encode((examples[at] for at in order), tokenizer, settings)
+    encoded, counts = _encode(((at + 1, examples[at]) for at in order), tokenizer, settings, embeddings)
     held_out = round(settings.validation * len(encoded)) if settings.validation < 1 else int(settings.validation)
     if settings.validation and held_out == 0:
         raise RequestError(f"data.validation is {settings.validation}: of {len(encoded)} examples that leaves none")
@@ -103,7 +106,7 @@ def prepare(
     return TrainingData(
         train=[tokens for _, tokens in train],
         validation=[tokens for _, tokens in validation],
-        questions=[example.question for example, _ in train],
+        questions=[question for example, _ in train for question in example.questions],
         dropped=counts.dropped,
         truncated=counts.truncated,
         control_tokens=held,
@@ -127,14 +130,14 @@ class _Counts:
 
 
 def _encode(
-    examples: Iterable[Example], tokenizer: Any, settings: DataSettings
+    numbered: Iterable[tuple[int, Example]], tokenizer: Any, settings: DataSettings, embeddings: int | None
 ) -> tuple[list[tuple[Example, Encoded]], _Counts]:
-    """Encode `examples` up to `settings.limit`; what is too long is dropped, truncated or refused."""
+    """Encode the `numbered` examples up to `settings.limit`; what is too long is dropped, truncated or refused."""
     encoded: list[tuple[Example, Encoded]] = []
     counts = _Counts()
     limit = settings.max_length
     characters = limit * longest_token(tokenizer)  # of as many tokens, at most: what is longer need not be tokenised
-    for example in examples:
+    for number, example in numbered:
         if len(encoded) == settings.limit:
             break
         too_long = _characters(example) > characters
@@ -148,6 +151,7 @@ def _encode(
                 tokenizer, example, template=settings.template, train_on_prompt=settings.train_on_prompt
             )
             length = len(tokens.input_ids)
+            _check_ids(tokens.input_ids, embeddings, number, tokenizer)
         counts.longest = max(counts.longest, length)
         if length > limit:
             if settings.too_long == "error":
@@ -166,6 +170,16 @@ def _encode(
             continue
         encoded.append((example, tokens))
     return encoded, counts
+
+
+def _check_ids(ids: Sequence[int], embeddings: int | None, number: int, tokenizer: Any) -> None:
+    largest = max(ids, default=0)
+    if embeddings is not None and largest >= embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise RequestError(
+            f"example {number} of the training data holds token {largest} ({token!r}), and the model has embeddings of "
+            f"{embeddings} tokens: use the model's own tokenizer, or a model whose embeddings were resized to this one."
+        )
 
 
 def _characters(example: Example) -> int:

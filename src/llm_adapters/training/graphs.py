@@ -76,9 +76,12 @@ class CudaCapture:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """See `Capture`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        finally:  # torch leaves the stream of a capture that failed in its place
+            torch.cuda.set_stream(current)
         return graph.replay
 
 

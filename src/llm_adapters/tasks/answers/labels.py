@@ -7,6 +7,7 @@ from llm_adapters.tasks.answers import languages, numbers
 
 TOLERANCE = 1e-3  # absolute, as `miss` in the paper's code
 _OF_SMALL, _OF_LARGE = 0.01, 1e-7
+_LONGEST = 200  # characters of a number with its unit
 
 # What may stand beside the number of a label: units, of which none says that it is another number.
 _AROUND = r"[\s.,;:{}$()%\"'*]*"
@@ -43,7 +44,7 @@ def number(label: object, language: str = "") -> float | None:
 
 def _with_unit(text: str) -> float:
     found = numbers.find(text)
-    if len(found) != 1 or "\\" in text:
+    if len(found) != 1 or "\\" in text or len(text) > _LONGEST:
         return math.nan
     before, own, after = text[: found[0].start], text[found[0].start : found[0].end], text[found[0].end :]
     plain = not before.strip(" {}$(\"'*") and ":" not in own and _UNIT.fullmatch(after) and not _NO_UNIT.search(after)

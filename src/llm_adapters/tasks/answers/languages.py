@@ -102,7 +102,7 @@ LANGUAGES = {
             "zh",
             r"(?:答案|结果|結果|答)(?:就|应该|應該|应|應)?(?:是|为|為|等于|等於|[:=])+",
             denies=r"不|多少|什么|什麼|几|幾|哪",
-            fillers=r"大约|大約|约|約|共|选项|選項|选|選|[:,*\"“「]",
+            fillers=r"大约|大約|约|約|一共|总共|總共|共|选项|選項|选|選|[:,*\"“「]",
             questions=r"问题|問題|题目|題目|问|問",
             true=("是", "对", "對", "正确", "正確", "真", "是的"),
             false=("否", "错", "錯", "错误", "錯誤", "不正确", "假", "不是", "不对"),
@@ -193,7 +193,7 @@ _BELOW_TEN = ("零〇", "一壹", "二两兩貳", "三叁", "四肆", "五伍", 
 _DIGITS = {char: value for value, chars in enumerate(_BELOW_TEN) for char in chars}
 _SCALES = {"十": 10, "拾": 10, "百": 100, "佰": 100, "千": 1000, "仟": 1000}
 _MYRIADS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8, "兆": 10**12}
-_NUMERAL = re.compile(f"[{''.join([*_DIGITS, *_SCALES, *_MYRIADS])}]+")
+_NUMERAL = re.compile(f"[{''.join([*_DIGITS, *_SCALES, *_MYRIADS])}]+(?![共起些定样樣般直])")
 _SCALED = rf"\d+(?:\.\d+)?\s?(?:[{''.join(_SCALES)}]*[{''.join(_MYRIADS)}]|[{''.join(_SCALES)}])"
 _WITH_SCALES = re.compile(rf"(?<![\d.,])(?:{_SCALED})+(?:\d+(?![\d.,]))?")
 

@@ -12,8 +12,7 @@ from llm_adapters.tasks.answers.languages import QUESTIONS
 _THOUGHT = r"(?:(?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis)"
 _OPENS = rf"<{_THOUGHT}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
 _CLOSES = rf"</{_THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
-_THOUGHTS = re.compile(rf"(?:{_OPENS})(?:(?!{_OPENS}|{_CLOSES}).)*+(?:{_CLOSES})", re.IGNORECASE | re.DOTALL)
-_OPEN, _CLOSE = re.compile(_OPENS, re.IGNORECASE), re.compile(_CLOSES, re.IGNORECASE)
+_TAG = re.compile(rf"(?P<opens>{_OPENS})|{_CLOSES}", re.IGNORECASE)
 
 _NEXT_TURN = re.compile(
     r"""
@@ -41,14 +40,17 @@ def without_thoughts(text: str) -> str:
         text: what a model generated. A thought that began in the prompt has its end alone; one without an end is all
             that is left of the text.
     """
-    if not _OPEN.search(text) and not _CLOSE.search(text):
-        return text
-    while (shorter := _THOUGHTS.sub("\n", text)) != text:  # the inner ones first
-        text = shorter
-    closed = [match.end() for match in _CLOSE.finditer(text)]
-    text = text[closed[-1] :] if closed else text
-    opened = _OPEN.search(text)
-    return text[: opened.start()] if opened else text
+    said: list[str] = []
+    thinking, start = False, 0
+    for tag in _TAG.finditer(text):
+        if tag["opens"]:
+            if not thinking:
+                said.append(text[start : tag.start()])
+            thinking = True
+        else:
+            said = said if thinking else []
+            thinking, start = False, tag.end()
+    return "\n".join(said if thinking else [*said, text[start:]])
 
 
 def truncate_at_stop(text: str, stop: str | None) -> str:
