@@ -375,7 +375,7 @@ def test_batch_size_follows_memory(monkeypatch):
     assert choose_batch_size(model, [10, 300], 100, num_beams=4) == generation.LARGEST_BATCH // 4
     # A row: keys and values, 2 layers, 2 heads of 8 numbers of 4 bytes, 400 tokens; and 16 bytes for each of 304 words.
     row = 2 * 2 * 2 * 8 * 4 * 400 + 16 * VOCAB
-    monkeypatch.setattr(generation, "_free_memory", lambda device: 2 * 5 * row)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 2 * 5 * row)
     assert choose_batch_size(model, [10, 300], 100) == 5
-    monkeypatch.setattr(generation, "_free_memory", lambda device: 10)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 10)
     assert choose_batch_size(model, [10, 300], 100) == 1
