@@ -24,7 +24,8 @@ def check_labels(task: Task, examples: Sequence[Example]) -> list[str]:
         examples: its questions.
 
     Returns:
-        A sentence on labels that can never be met, and one on letters or options that no question names, where there are some.
+        A sentence on labels that can never be met, and one on letters or options that no question names, where there are
+        some.
 
     Raises:
         RequestError: that holds for all of them, so that the score could say nothing.
