@@ -24,8 +24,7 @@ def check_labels(task: Task, examples: Sequence[Example]) -> list[str]:
         examples: its questions.
 
     Returns:
-        A sentence on labels that can never be met, and one on letters or options that no question names, where there are
-        some.
+        Sentences: on labels that can never be met, and on letters or options that no question names.
 
     Raises:
         RequestError: that holds for all of them, so that the score could say nothing.
