@@ -6,7 +6,7 @@ import random
 
 import peft
 import torch
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.generation.engine import Engine
@@ -14,6 +14,11 @@ from llm_adapters.generation.generator import generate
 
 NEW = 8
 LENGTHS = (5, 17, 33, 9, 1, 26, 26, 40, 2)
+
+
+def untied(family):
+    """A model whose head is not its embeddings: tied and random, those would say every token again."""
+    return tiny_model(family, tie_word_embeddings=False)
 
 
 def make_prompts():

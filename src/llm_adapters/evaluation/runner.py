@@ -344,7 +344,7 @@ def _prepare(
         ids = encode_prompt(
             loaded.tokenizer, prompt[:most] if len(prompt) > most else prompt, template=settings.template
         )
-        questions.append(_Question(index, example, prompt, ids, bool(known)))
+        questions.append(_Question(index, example, str(prompt), ids, bool(known)))
     generation.check_prompts(loaded.model, [question.ids for question in questions], settings.max_new_tokens)
     notes = check_labels(task, examples)
     if held := sum(holds_control_tokens(loaded.tokenizer, example) for example in examples):
