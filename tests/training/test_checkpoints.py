@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_told_and_left_out(
 
 
 def test_a_run_without_a_whole_checkpoint_begins_anew(
-    model: Path, data: Path, tmp_path: Path, killed: Callable[..., RunFolder]
+    model: Path, data: Path, tmp_path: Path, killed: Callable[..., RunFolder], caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = recipe(model, data, "lora", {"r": 4})
     whole = train(asked, tmp_path / "whole", progress=False)
@@ -186,6 +186,7 @@ def test_a_run_without_a_whole_checkpoint_begins_anew(
     stopped.log.write_bytes(stopped.log.read_bytes()[:-20] + bytes(40))
     (stopped.path / ".config.yaml.abcd1234.tmp").write_text("model:")
     assert_same(train(asked, tmp_path / "cut", progress=False), whole)
+    assert "begins anew" in caplog.text
 
 
 def test_only_the_last_checkpoints_are_kept(

@@ -134,17 +134,20 @@ def complete(run: RunFolder, step: int, processes: int = 1, ended: bool = False)
 
 def latest(run: RunFolder) -> Checkpoint | None:
     """The latest whole checkpoint; the damaged ones after it are told, and everything after it is deleted."""
-    found = None
+    found, damaged = None, False
     for step in reversed(run.saved_steps()):
         folder = run.checkpoint(step)
         if not (folder / COMPLETE).exists():  # the process ended while it was written
             continue
         if fault := damage(folder):
             logger.warning("the checkpoint %s is damaged (%s) and left out", folder.name, fault)
+            damaged = True
             continue
         mark = read_json(folder / COMPLETE)
         found = Checkpoint(folder, step, int(mark.get("processes", 1)), bool(mark.get("ended")))
         break
+    if damaged and found is None:
+        logger.warning("no whole checkpoint is left: the run begins anew")
     for step in run.saved_steps():
         if found is None or step > found.step:
             remove(run.checkpoint(step))
