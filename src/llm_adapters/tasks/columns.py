@@ -130,7 +130,7 @@ def _layout(file: Path, columns: Mapping[str, str | None], present: list[str], n
         other = given.setdefault(column, name) if column is not None else name
         if other != name and {other, name} != {"response", "answer"}:
             raise RequestError(
-                f"the column map gives {column!r} to {other} and to {name}: only response and answer may share a column."
+                f"the column map gives {column!r} to {other} and to {name}: only response and answer may share one."
             )
     declared = {name for name, column in columns.items() if column is None}
     declared |= {usual for name in declared & set(FIELDS) for usual in USUAL_NAMES[name]}
