@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.models import context_length
 from llm_adapters.models.memory import free_memory
+from llm_adapters.models.rope import independent_length
 from llm_adapters.models.starts import check_base
 
 if TYPE_CHECKING:
@@ -172,12 +173,49 @@ class Generator:
         check_names(adapter_names, self.adapters, len(prompts))
         skipped = check_prompts(self.model, prompts, self.max_new_tokens)
         yield from ((index, Generation(finish_reason="skipped")) for index in sorted(skipped))
-        left = [index for index in range(len(prompts)) if index not in skipped]
-        if not left:
-            return
-        size, answer = self.size([prompts[index] for index in left]), self._by_transformers
+        asked = [index for index in range(len(prompts)) if index not in skipped]
+        groups = self._of_one_length(prompts, asked)
+        dependent = {index for group in groups for index in group}
+        if dependent and self.adapters is not None:
+            raise RequestError(
+                f"{len(dependent)} prompts are too long for several adapters in one batch: the model's rotary positions "
+                "depend on the longest row. Ask one adapter after the other."
+            )
+        answer: Callable[..., Iterator[list[tuple[int, list[int]]]]] = self._by_transformers
         if self._fast_paths is not None:
             answer = functools.partial(self._by_engine, adapter_names=adapter_names)
+        yield from self._answered(answer, prompts, [index for index in asked if index not in dependent], on_token)
+        for group in groups:
+            yield from self._answered(self._by_transformers, prompts, group, on_token)
+
+    def _of_one_length(self, prompts: Sequence[Sequence[int]], asked: Sequence[int]) -> list[list[int]]:
+        """Groups of the prompts that change how the rows beside them are computed, each group of one length."""
+        from llm_adapters.fast_paths.routing import prompt_learning
+
+        limit = independent_length(self.model)
+        if limit is None:
+            return []
+        virtual = getattr(prompt_learning(self.model), "num_virtual_tokens", None) or 0
+        groups: dict[int, list[int]] = {}
+        for index in asked:
+            if len(prompts[index]) + virtual + self.max_new_tokens > limit:
+                groups.setdefault(len(prompts[index]), []).append(index)
+        if groups:
+            self.report["lengths"] = (
+                f"prompts and answers of more than {limit} tokens are computed with others of the same length, by "
+                "transformers: the rotary positions depend on the longest row"
+            )
+        return [groups[length] for length in sorted(groups, reverse=True)]
+
+    def _answered(
+        self,
+        answer: Callable[..., Iterator[list[tuple[int, list[int]]]]],
+        prompts: Sequence[Sequence[int]],
+        left: list[int],
+        on_token: Callable[[int, int], None] | None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """What `answer` gives for the prompts `left`, in batches that fit."""
+        size = self.size([prompts[index] for index in left])
         while left:
             started, asked = time.perf_counter(), list(left)
             try:

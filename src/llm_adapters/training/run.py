@@ -19,6 +19,7 @@ from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import LOCK, refuse_links, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load, load_base, model_config
 from llm_adapters.models.insertion import insert
+from llm_adapters.models.rope import independent_length
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
@@ -238,12 +239,18 @@ def _fit(
     t = recipe.training
     checkpoint = processes.once(lambda: checkpoints.latest(folder)) if resumes else None
     arguments.eval_on_start = bool(data.validation) and checkpoint is None
+    micro_batch_size = t.micro_batch_size
+    if (limit := independent_length(model)) is not None and data.longest > limit:
+        micro_batch_size = 1
+        told = f"each example alone: the rotary positions depend on the longest row where that is over {limit} tokens"
+        fast_paths.report["micro-batches"] = told
+        logger.warning("micro-batches: %s", told)
     stop = StopOnSignal()
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(
-            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, t.micro_batch_size, base.device
+            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, micro_batch_size, base.device
         ),
         sizes=micro_batches,
         train_dataset=data.train,
