@@ -65,9 +65,9 @@ def test_the_home_of_nobody_is_told() -> None:
 
 
 def test_a_fault_of_the_program_is_not_the_systems() -> None:
-    fault = TypeError("a fault")
-    fault.__context__ = FileNotFoundError(errno.ENOENT, "no such file", "x")  # it came up while that was handled
-    assert from_system(fault) is None
+    for fault in (TypeError("a fault"), RuntimeError("a fault")):
+        fault.__context__ = FileNotFoundError(errno.ENOENT, "no such file", "x")  # it came up while that was handled
+        assert from_system(fault) is None
     assert from_system(KeyError("x")) is None
 
 

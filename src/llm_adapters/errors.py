@@ -92,18 +92,26 @@ def _system_error(error: BaseException) -> OSError | None:
         return error
     if code := _RUST_ERROR.search(str(error)):
         return OSError(int(code[1]), os.strerror(int(code[1])))
-    inner = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
+    torch_writer = isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error))
+    inner = error.__cause__ or (error.__context__ if torch_writer else None)
     if inner is not None and (found := _system_error(inner)):
         return found
-    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if torch_writer else None
 
 
 def first_line(error: BaseException) -> str:
     """First line of an error's text, to quote inside a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+# A terminal obeys control characters, and names, questions and answers are other people's.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def harmless(text: str) -> str:
+    """`text` with a replacement for each control character but the ends of lines and tabs."""
+    return text.translate(_CONTROLS)
 
 
 def shortened(text: str, length: int = 200) -> str:

@@ -14,6 +14,7 @@ from tiny import HIDDEN, tiny_model, tiny_tokenizer
 
 from llm_adapters import BottleneckConfig
 from llm_adapters.bottleneck import BottleneckLayer, placements
+from llm_adapters.compat.bitsandbytes import keep_layout
 
 IDS = ids()
 
@@ -122,6 +123,7 @@ def test_bitsandbytes(bits: int, method: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True}
     config = BitsAndBytesConfig(**options)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    keep_layout(base)
     kind = bitsandbytes.nn.Linear8bitLt if bits == 8 else bitsandbytes.nn.Linear4bit
     assert isinstance(base.model.layers[0].mlp.up_proj, kind)
     with torch.no_grad():

@@ -302,6 +302,8 @@ def test_a_name_to_copy_stays_whole(
 def test_names_that_look_like_markup_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     from llm_adapters.cli import tables
 
-    tables.show("a [b] c [/red]", ("[bold]", "x"), [("[link=file:///etc]y[/]", "[/]")])
+    tables.show("a [b] c [/red]", ("[bold]", "x"), [("[link=file:///etc]y[/]", "[/]"), ("\x1b]0;title\x07\x9bJ", "é")])
     shown = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b") & set(shown)
+    assert "\ufffd]0;title\ufffd\ufffdJ" in shown
     assert all(word in shown for word in ("a [b] c [/red]", "[bold]", "[link=file:///etc]y[/]", "[/]"))

@@ -1,18 +1,21 @@
 """The fast paths on a CUDA device. Run by the same command wherever there is one: `python -m pytest -m gpu`."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fast_path_helpers import OPTIONS, adapted, examples, gradients, long_and_short, plain_loss
 from graph_helpers import compute, steps
+from tiny import save_tiny
 from torch import nn
 
 from llm_adapters.fast_paths import ON, FastPaths
 from llm_adapters.ops import backends
 from llm_adapters.ops.packing import Pack
 from llm_adapters.ops.varlen_attention import varlen_attention
+from llm_adapters.training import train
 from llm_adapters.training.collator import Collator, MicroBatch
 from llm_adapters.training.graphs import MicroBatchGraphs
 
@@ -212,6 +215,28 @@ def test_what_waits_for_the_device_is_not_captured() -> None:
     assert graphs.captured == 0
     for (losses, _), (others, _) in zip(found, expected, strict=True):
         assert losses == pytest.approx(others, rel=2e-2)
+
+
+def test_a_run_with_graphs_learns_what_one_without_does(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {
+        "model": {
+            "name": str(save_tiny(tmp_path / "model", "llama", **SIZES)),
+            "dtype": "bfloat16",
+            "device": "cuda",
+        },
+        "adapter": {"method": "lora", "options": {"r": 4, "lora_dropout": 0.0}},
+        "data": {"train": "wordproblems-train", "template": "plain", "limit": 64, "max_length": 256},
+        "training": {"epochs": 4, "batch_size": 8, "log_every": 1, "learning_rate": 1e-3},
+    }
+    runs = [
+        train(recipe | {"training": recipe["training"] | {"cuda_graphs": on}}, tmp_path / str(on), progress=False)
+        for on in (True, False)
+    ]
+    told = [run.manifest["fast_paths"]["CUDA graphs"] for run in runs]
+    assert "captured in" in told[0], told[0]
+    assert told[1] == "not asked for"
+    losses = [[line["loss"] for line in run.log if "loss" in line] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_plain_loss_is_the_helpers() -> None:

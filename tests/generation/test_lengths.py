@@ -26,7 +26,8 @@ LONGROPE = {
     "long_factor": [6.0] * 4,
     "original_max_position_embeddings": LIMIT,
 }
-PROMPTS = [[1, *range(3, 3 + length)] for length in (4, 9, 85, 92, 92, 97, 120, 120)]  # 96 is passed while it is answered
+LENGTHS = (4, 9, 85, 92, 92, 97, 120, 120)  # of 92 tokens, the limit is passed by the answer
+PROMPTS = [[1, *range(3, 3 + length)] for length in LENGTHS]
 
 
 def long_model(family: str = "llama", **more: Any) -> Any:

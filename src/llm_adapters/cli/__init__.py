@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from llm_adapters._version import __version__
-from llm_adapters.errors import Interrupted, RequestError, WorkError, from_system
+from llm_adapters.errors import Interrupted, RequestError, WorkError, from_system, harmless
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            print(f"llm-adapters: {told}", file=sys.stderr)
+            print(f"llm-adapters: {harmless(str(told))}", file=sys.stderr)
             if isinstance(told, Interrupted):
                 return INTERRUPTED
             return WRONG_REQUEST if isinstance(told, RequestError) else FAILED

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from llm_adapters.compat.jsonargparse import Count
+from llm_adapters.errors import harmless
 from llm_adapters.tasks.templates import TemplateName
 
 
@@ -64,7 +65,7 @@ def chat(
             stream = TextStream(loaded.tokenizer, response)
 
             def show_token(_: int, token: int, stream: TextStream = stream) -> None:
-                show(stream.add(token))
+                show(harmless(stream.add(token)))
 
             for _, answer in generator.generate([ids], show_token):
-                print(stream.finish(answer.text), flush=True)
+                print(harmless(stream.finish(answer.text)), flush=True)

@@ -22,6 +22,7 @@ def evaluate(
     max_new_tokens: Count | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
+    quantization: Literal["auto", "nf4", "int8"] | None = "auto",
     output: Path | None = None,
     check_invariance: int = 0,
     allow_untrained: bool = False,
@@ -43,6 +44,7 @@ def evaluate(
         max_new_tokens: the longest answer, in tokens; 256 if not given.
         dtype: precision; auto is bfloat16 where the hardware multiplies it natively, else float32.
         device: the device to run on; auto takes an accelerator if there is one.
+        quantization: store the base's weights in fewer bits; auto does as when the adapter was trained.
         output: the folder for records and summary; a run's own folder if not given.
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
         allow_untrained: measure an adapter that does nothing, too.
@@ -74,6 +76,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         device=device,
+        quantization=quantization,
         output=output,
         check_invariance=check_invariance,
         allow_untrained=allow_untrained,

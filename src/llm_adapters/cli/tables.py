@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_adapters.errors import harmless
+
 if TYPE_CHECKING:
     from llm_adapters.evaluation import Evaluation, TaskResult
     from llm_adapters.evaluation.statistics import Spread
@@ -34,12 +36,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     from rich.text import Text
 
     # Names are shown as they are: what looks like markup in them is none.
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(harmless(title)), title_justify="left")
     for number, column in enumerate(columns):
         whole = not number and len(columns) > 2  # a name to copy: the others give way
         table.add_column(Text(column), justify="right" if number else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(harmless(cell)) for cell in row))
     Console().print(table)
 
 
@@ -106,7 +108,7 @@ def show_comparison(comparison: dict[str, Any]) -> None:
         columns = ["task", *(k.replace("_", " ") for k in c if k != "flipped")]
     for name, task in comparison.items():  # first: there may be hundreds, and the table is what is looked for
         for flip in task.flips:
-            print(f"{name} {flip.index}: {'gained' if flip.gained else 'lost'}  {flip.question[:90]}")
+            print(f"{name} {flip.index}: {'gained' if flip.gained else 'lost'}  {harmless(flip.question[:90])}")
     show("paired comparison", columns, rows)
 
 
@@ -164,4 +166,4 @@ def show_contamination(train: str, report: dict[str, dict[str, Any]], repeated: 
             for example in [e for e in r["examples"] if e["kind"] == kind][:1]:
                 print(f"\n{name}, {kind} ({example['similarity']:.2f})")
                 for side in ("test", "train"):
-                    print(f"  {side + ':':<6} {' '.join(example[side].split())[:200]}")
+                    print(f"  {side + ':':<6} {harmless(' '.join(example[side].split())[:200])}")

@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     Seed: TypeAlias = int
     Positive: TypeAlias = float
     NotNegative: TypeAlias = float
+    Decay: TypeAlias = float
 else:
     Count = restricted_number_type("Count", int, [(">=", 1), ("<=", 2**31 - 1)])
     Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])
     Positive = restricted_number_type("Positive", float, [(">", 0), ("<", float("inf"))])
     NotNegative = restricted_number_type("NotNegative", float, [(">=", 0), ("<", float("inf"))])
+    Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
 
 _TYPES = {
     "Count": "a whole number, at least 1 (and below 2^31)",
     "Seed": "a whole number from 0 to 2^32 - 1",
     "Positive": "a number above 0",
     "NotNegative": "a number that is at least 0",
+    "Decay": "a number that is at least 0 and below 1",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",

@@ -89,6 +89,12 @@ def is_plain_lora_linear(layer: "nn.Module") -> bool:
     return type(layer) is Linear
 
 
+def is_quantized_lora_linear(layer: "nn.Module") -> bool:
+    """True for PEFT's LoRA on one of bitsandbytes' linear layers."""
+    kind = type(layer)  # without bitsandbytes, PEFT does not define them
+    return kind.__module__ == "peft.tuners.lora.bnb" and kind.__name__ in ("Linear4bit", "Linear8bitLt")
+
+
 def is_plain_lora_adapter(layer: Any, name: str) -> bool:
     """True where the adapter `name` of a LoRA layer is ``s * x A^T B^T`` and no more (no DoRA, no bias of its own)."""
     return not (layer.lora_variant.get(name) or layer.lora_bias.get(name))

@@ -45,6 +45,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: str | None = "auto",
     output: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     check_invariance: int = 0,
@@ -57,7 +58,8 @@ def evaluate(
     too), or a model that it returned. `tasks` are
     names of the catalogue or paths of task files; `limit` takes the first so many questions of each. `protocol` is
     ``"default"``, ``"strict"`` or ``"paper"``. `template` None uses the one that the adapter was trained with, or
-    ``alpaca`` for a bare model. `batch_size` None chooses one; `max_new_tokens` None is 256.
+    ``alpaca`` for a bare model. `quantization` is ``"nf4"``, ``"int8"`` or None; ``"auto"`` stores the base's weights
+    as they were when the adapter was trained. `batch_size` None chooses one; `max_new_tokens` None is 256.
 
     Records and summary are written to ``eval/<protocol>/`` under `output`, or under the run folder; for anything else
     without `output` nothing is written. An interrupted evaluation goes on where it stopped when it is asked for again.
@@ -86,6 +88,7 @@ def evaluate(
             max_new_tokens,
             dtype,
             device,
+            quantization,
             output,
             progress,
             check_invariance,
@@ -106,6 +109,7 @@ def _evaluate(
     max_new_tokens: int | None,
     dtype: str,
     device: str,
+    quantization: str | None,
     output: str | os.PathLike[str] | None,
     progress: bool | None,
     check_invariance: int,
@@ -127,7 +131,14 @@ def _evaluate(
         check_folder(RunFolder(output).path, "the output")
     questions = load_questions(tasks, limit)
     if not isinstance(run_or_model, LoadedModel):
-        loaded = load(run_or_model, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base)
+        loaded = load(
+            run_or_model,
+            adapter,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            allow_other_base=allow_other_base,
+        )
     elif adapter is None:
         loaded = run_or_model
     else:
@@ -285,6 +296,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
         "protocol": dataclasses.asdict(settings.protocol) | {"max_new_tokens": settings.max_new_tokens},
         "template": {"name": settings.template, "origin": origin, **date},
         "precision": str(loaded.dtype).removeprefix("torch."),
+        "quantization": loaded.quantization.to_dict() if loaded.quantization else None,
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -409,9 +421,15 @@ def _in_float32(loaded: LoadedModel) -> LoadedModel:
     if loaded.dtype == torch.float32:
         return loaded
     device = str(loaded.device)
-    if loaded.run:
-        return load(loaded.run, dtype="float32", device=device, allow_other_base=True)
-    return load(loaded.name, loaded.adapter, dtype="float32", device=device, allow_other_base=True)
+    source, adapter = (loaded.run, None) if loaded.run else (loaded.name, loaded.adapter)
+    return load(
+        source,
+        adapter,
+        dtype="float32",
+        device=device,
+        quantization=loaded.quantization,
+        allow_other_base=True,
+    )
 
 
 def _ask_again(

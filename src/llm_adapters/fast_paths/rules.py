@@ -10,7 +10,7 @@ from torch import nn
 
 from llm_adapters.bottleneck.layer import BottleneckLayer
 from llm_adapters.compat.transformers import ROTARY_FUNCTION
-from llm_adapters.fast_paths import bottleneck, linear, lora, rms_norm, rotary, swiglu
+from llm_adapters.fast_paths import bottleneck, linear, lora, quantized, rms_norm, rotary, swiglu
 from llm_adapters.fast_paths.patches import Patches
 from llm_adapters.fast_paths.routing import Route
 from llm_adapters.ops import backends
@@ -95,6 +95,10 @@ def _install_lora(module: nn.Module, matched: Any, context: Context, patches: Pa
     return _set_forward(module, lora.inference_forward(module, context.route, context.prepack), patches)
 
 
+def _install_quantized_lora(module: nn.Module, matched: Any, context: Context, patches: Patches) -> bool:
+    return _set_forward(module, functools.partial(quantized.forward, module, module.forward), patches)
+
+
 def _match_prepacked(module: nn.Module, context: Context) -> Any:
     fits = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and id(module) not in context.inside_lora
     return True if fits else None
@@ -164,6 +168,12 @@ FAST_PATHS = (
         _match_lora,
         _install_lora,
         unsupported_reason=lambda context: "it is merged" if "LoRA merged" in context.on else None,
+    ),
+    FastPath(
+        "LoRA beside quantised weights",
+        lambda module, context: quantized.match(module) or None,
+        _install_quantized_lora,
+        unsupported_reason=lambda context: "each row has its own adapter" if context.route is not None else None,
     ),
     FastPath(
         "prepacked weights",

@@ -23,7 +23,8 @@ def match(module: nn.Module) -> bool:
     if not callable(act) or in_features is None:
         return False
     weight = next(children["gate_proj"].parameters())
-    x = torch.randn(1, 3, in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # a quantised one takes any
+    x = torch.randn(1, 3, in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     with torch.no_grad():
         try:
             return torch.equal(act(x), functional.silu(x)) and close(forward(module, x), module(x))

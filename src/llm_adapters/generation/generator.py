@@ -178,8 +178,8 @@ class Generator:
         dependent = {index for group in groups for index in group}
         if dependent and self.adapters is not None:
             raise RequestError(
-                f"{len(dependent)} prompts are too long for several adapters in one batch: the model's rotary positions "
-                "depend on the longest row. Ask one adapter after the other."
+                f"{len(dependent)} prompts are too long for several adapters in one batch: the model's rotary "
+                "positions depend on the longest row. Ask one adapter after the other."
             )
         answer: Callable[..., Iterator[list[tuple[int, list[int]]]]] = self._by_transformers
         if self._fast_paths is not None:

@@ -18,12 +18,14 @@ from llm_adapters.adapter_files import (
     find_adapter,
     read_base,
     read_base_weights,
+    read_note,
     read_template,
 )
 from llm_adapters.errors import RequestError, first_line, some, unknown
 from llm_adapters.files import cache_folder
 from llm_adapters.models import fingerprints
 from llm_adapters.models.adapters import attach, doubts
+from llm_adapters.models.quantization import Quantization
 from llm_adapters.models.sources import explained, quiet, resolve, weight_files
 from llm_adapters.runs import RunFolder
 
@@ -55,6 +57,7 @@ class LoadedModel:
         adapter: folder of the adapter; None for a bare base model.
         template: prompt template that the adapter was trained with; None where nothing says so.
         run: the run folder, if one was loaded.
+        quantization: how the base's weights are stored, where it is not in `dtype`.
         base_of_adapter: whether the base is the one that the adapter was trained on: ``"the same"``, ``"another"`` or
             ``"not known"``; None for a bare base model.
         warnings: what a person should know of the adapter, each in a sentence.
@@ -70,6 +73,7 @@ class LoadedModel:
     adapter: Path | None = None
     template: str | None = None
     run: Path | None = None
+    quantization: Quantization | None = None
     base_of_adapter: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -90,7 +94,13 @@ class LoadedModel:
         return fingerprints.tokenizer_fingerprint(self.tokenizer)
 
 
-def load_base(name: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_base(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: Quantization | None = None,
+) -> LoadedModel:
     """The base model `name` and its tokenizer.
 
     Args:
@@ -99,15 +109,17 @@ def load_base(name: str | os.PathLike[str], *, dtype: str = "auto", device: str 
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; auto is bfloat16 where the hardware
             multiplies it natively, else float32.
         device: ``"auto"`` or a name of torch's.
+        quantization: how to store the weights; None for `dtype`, in which everything is computed.
 
     Raises:
-        RequestError: the model cannot be found, is broken or incomplete, or has no usable tokenizer.
+        RequestError: the model cannot be found, is broken or incomplete, or has no usable tokenizer; or bitsandbytes
+            is not installed.
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
     name = _name(name)
     source, path = resolve(name)
-    return _load_folder(name, source, path, kind, where)
+    return _load_folder(name, source, path, kind, where, quantization)
 
 
 def load(
@@ -116,6 +128,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    quantization: Quantization | str | None = "auto",
     allow_other_base: bool = False,
 ) -> LoadedModel:
     """A trained run, or a base model with or without an adapter folder, in eval mode.
@@ -126,6 +139,8 @@ def load(
         adapter: only with the latter: an adapter folder in PEFT's format, or a run folder whose adapter is meant.
         dtype: as in `load_base`; with ``"auto"`` a run is loaded in the precision that its config names.
         device: ``"auto"`` or a name of torch's.
+        quantization: how to store the base's weights, ``"nf4"``, ``"int8"`` or None; with ``"auto"`` as an adapter was
+            trained on them.
         allow_other_base: load an adapter on a base model with other weights than those that it was trained on.
 
     Raises:
@@ -143,7 +158,13 @@ def load(
             raise
         remedy = f"If it is elsewhere now, name it as the model, and {str(request.adapter)!r} as its adapter."
         raise RequestError(f"the base model of {name!r} is not available: {error} {remedy}") from error
-    loaded = _load_folder(request.base, source, path, kind, where)
+    if quantization == "auto":
+        quantization = request.quantization
+        if quantization is not None:
+            logger.warning("%s is loaded as %s, as the adapter was trained on it", request.base, quantization)
+    elif isinstance(quantization, str):
+        quantization = Quantization(quantization)
+    loaded = _load_folder(request.base, source, path, kind, where, quantization)
     if request.adapter is None:
         return loaded
     loaded = dataclasses.replace(loaded, adapter=request.adapter, template=request.template, run=request.run)
@@ -241,15 +262,30 @@ def _multiplies_bfloat16(device: "torch.device") -> bool:
     return device.type == "xpu"
 
 
-def _load_folder(name: str, source: str, path: Path, dtype: "torch.dtype", device: "torch.device") -> LoadedModel:
+def _load_folder(
+    name: str,
+    source: str,
+    path: Path,
+    dtype: "torch.dtype",
+    device: "torch.device",
+    quantization: Quantization | None,
+) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     weights = _count_weights(weight_files(path))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    placed: dict[str, Any] = {}
+    if quantization is not None:
+        quantization.require()
+        placed["quantization_config"] = quantization.config(dtype)
+    if quantization is not None or device.type != "cpu":
+        placed["device_map"] = {"": device}  # each weight straight from its file: no second copy on the host
     with explained(name, path), quiet():
         _check_layers(AutoConfig.from_pretrained(path, **options), name, weights)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **options, **placed
+        )
     if missing := sorted(info["missing_keys"]):
         raise RequestError(
             f"the weights in {str(path)!r} are incomplete: {some(missing)} missing. Get the whole checkpoint, "
@@ -260,7 +296,11 @@ def _load_folder(name: str, source: str, path: Path, dtype: "torch.dtype", devic
     _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], path)
     # What an adapter saved from this model says its base is: the name that finds it again, not a folder of the cache.
     model.name_or_path = model.config._name_or_path = name
-    return LoadedModel(model.to(device).eval(), tokenizer, name, source, path, dtype, device)
+    if quantization is not None:
+        quantization.finish(model)
+    else:
+        model = model.to(device)
+    return LoadedModel(model.eval(), tokenizer, name, source, path, dtype, device, quantization=quantization)
 
 
 def _count_weights(files: list[Path]) -> int | None:
@@ -309,6 +349,7 @@ class _LoadRequest:
     template: str | None = None
     dtype: str = "auto"
     run: Path | None = None
+    quantization: Quantization | None = None
 
 
 def _load_request(name: str, adapter: Path | None) -> _LoadRequest:
@@ -320,12 +361,12 @@ def _load_request(name: str, adapter: Path | None) -> _LoadRequest:
         base = read_base(folder)
         if base is None:
             raise RequestError(f"the adapter {name!r} does not say what its base model is: name the model as well.")
-        request = _LoadRequest(base, folder, read_template(folder))
+        request = _LoadRequest(base, folder, read_template(folder), quantization=_trained_on(folder))
     elif adapter is None:
         return _LoadRequest(name)
     else:
         adapter = find_adapter(adapter)
-        return _LoadRequest(name, adapter, read_template(adapter))
+        return _LoadRequest(name, adapter, read_template(adapter), quantization=_trained_on(adapter))
     if adapter is not None:
         raise RequestError(f"{name!r} has an adapter already: to load another, name its base model, {request.base!r}.")
     return request
@@ -334,7 +375,14 @@ def _load_request(name: str, adapter: Path | None) -> _LoadRequest:
 def _run_request(run: RunFolder) -> _LoadRequest:
     model = run.read_config()["model"]
     adapter_weights(run.adapter)
-    return _LoadRequest(str(model["name"]), run.adapter, run.template, model.get("dtype") or "auto", run.path)
+    return _LoadRequest(
+        str(model["name"]), run.adapter, run.template, model.get("dtype") or "auto", run.path, Quantization.of(model)
+    )
+
+
+def _trained_on(adapter: Path) -> Quantization | None:
+    """How the base of the adapter in a folder was stored, as its note says."""
+    return Quantization.of(read_note(adapter))
 
 
 def _name(model: str | os.PathLike[str]) -> str:

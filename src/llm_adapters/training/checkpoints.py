@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
+    from llm_adapters.models import Quantization
+
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # whole checkpoints: the one before the last is used where that is damaged
@@ -103,19 +105,23 @@ def load_weights(model: "torch.nn.Module", folder: Path) -> "Weights | None":
     return load_file(folder / _BEST) if (folder / _BEST).exists() else None
 
 
-def save_adapter(model: "PeftModel", folder: Path, template: str, base_weights: str) -> None:
-    """Write the trained adapter to `folder`, whole or not at all.
+def save_adapter(
+    model: "PeftModel", folder: Path, template: str, base_weights: str, quantization: "Quantization | None" = None
+) -> None:
+    """Write the trained adapter to `folder`, whole or not at all, with what its use must know of its training.
 
     Args:
         model: the model with the adapter.
         folder: where to write.
         template: the prompt template that it was trained with.
         base_weights: the fingerprint of the weights that it was trained on.
+        quantization: how those were stored.
     """
+    more = {"quantization": quantization.kind, "double_quantization": quantization.double} if quantization else {}
     with atomic_folder(folder, replace=True) as made:
         # PEFT would ask the hub whether the base's embeddings have changed: they are frozen, and may be on no hub.
         starts.save(model, made, save_embedding_layers=False)
-        write_note(made, template, base_weights=base_weights, **{"llm-adapters": __version__})
+        write_note(made, template, base_weights=base_weights, **more, **{"llm-adapters": __version__})
 
 
 def complete(run: RunFolder, step: int, processes: int = 1, ended: bool = False) -> None:

@@ -56,7 +56,7 @@ def describe(
     import torch
 
     memory = peak_memory(base.device)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable, parameters = model.get_nb_trainable_parameters()  # of packed weights it knows how many there are
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions("accelerate"),
@@ -72,12 +72,13 @@ def describe(
             "name": base.name,
             "source": base.source,
             "dtype": str(base.dtype).removeprefix("torch."),
+            "quantization": base.quantization.to_dict() if base.quantization else None,
             "fingerprint": begun["base_model"],
         },
         "adapter": {
             "method": recipe.adapter.method,
             "trainable_parameters": trainable,
-            "all_parameters": sum(p.numel() for p in model.parameters()),
+            "all_parameters": parameters,
         },
         "data": {
             "name": recipe.data.train,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_adapters.compat.jsonargparse import Count, NotNegative, Positive, Seed
+from llm_adapters.compat.jsonargparse import Count, Decay, NotNegative, Positive, Seed
 from llm_adapters.documents import fits, read_yaml
 from llm_adapters.errors import RequestError, shortened, unknown
 from llm_adapters.tasks.answers import ProtocolName
@@ -28,13 +28,19 @@ class ModelSettings:
 
     Attributes:
         name: a local folder, the short name smollm2-135m, or a hub id.
-        dtype: precision of the base; auto is bfloat16 where the hardware multiplies it natively, else float32.
+        dtype: precision of the base; auto is bfloat16 where the hardware multiplies it natively, else float32. float16
+            is for evaluation alone.
         device: where to train; auto takes an accelerator if there is one.
+        quantization: store the frozen weights in fewer bits, nf4 (QLoRA) or int8; null for dtype, in which everything
+            is computed in any case.
+        double_quantization: with nf4, quantise the scales too, which saves 0.4 bits a weight.
     """
 
     name: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
+    double_quantization: bool = True
 
 
 @dataclass
@@ -90,6 +96,11 @@ class TrainingSettings:
         micro_batch_tokens: the most tokens computed at once, which decides memory and speed; the loss does not
             depend on it. auto chooses from the device's memory and the model.
         micro_batch_size: the most sequences computed at once; null for no limit but the tokens.
+        optimizer: AdamW, fused into one kernel, with one per operation, with states of 8 bits, or with states that go
+            to the host where the device is full, by transformers' names; the last three need bitsandbytes.
+        adam_beta1: AdamW's decay of the mean of the gradients.
+        adam_beta2: AdamW's decay of the mean of their squares.
+        adam_epsilon: what AdamW adds to the root of the latter.
         learning_rate: the peak learning rate of AdamW.
         warmup: steps until the peak; below 1, the share of all steps.
         schedule: what the learning rate does after the peak.
@@ -113,6 +124,12 @@ class TrainingSettings:
     batch_size: Count = 16
     micro_batch_tokens: Count | Literal["auto"] = "auto"
     micro_batch_size: Count | None = None
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        "adamw_torch_fused"
+    )
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.999
+    adam_epsilon: Positive = 1e-8
     learning_rate: Positive = 3e-4
     warmup: NotNegative = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -1,6 +1,7 @@
 """`train`: from a recipe to a run folder; nothing is measured here."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import math
@@ -19,6 +20,7 @@ from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import LOCK, refuse_links, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load, load_base, model_config
 from llm_adapters.models.insertion import insert
+from llm_adapters.models.quantization import Quantization, check_method, check_optimizer
 from llm_adapters.models.rope import independent_length
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
@@ -148,11 +150,21 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
 
     if resumes:
         recipe = recipe.resolved(**processes.once(folder.read_config))
-    methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    row = methods.check_options(recipe.adapter.method, recipe.adapter.options)
+    quantization = Quantization.of(dataclasses.asdict(recipe.model))
+    if quantization is not None:
+        check_method(row.name, row.peft_type)
+        quantization.require()
+    check_optimizer(recipe.training.optimizer)
+    if recipe.model.dtype == "float16":
+        raise RequestError(
+            "model.dtype is float16, in which the gradients of many layers vanish: train in bfloat16, or in float32 "
+            "where the hardware has no bfloat16 (auto chooses between them). Evaluation takes float16"
+        )
     _check_trackers(recipe)
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
-    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device)
+    base = load_base(recipe.model.name, dtype=recipe.model.dtype, device=recipe.model.device, quantization=quantization)
     embeddings = base.model.get_input_embeddings().weight.shape[0]
     seed, context = recipe.training.seed, context_length(base.model)
     data = prepare(examples, base.tokenizer, recipe.data, seed, context, embeddings)
@@ -188,7 +200,8 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
             made = manifest.describe(
                 recipe, base, model, data, recorder, state, seconds, fast.report, begun, micro_batches.to_dict()
             )
-            checkpoints.save_adapter(model, folder.adapter, recipe.data.template, base.weights_fingerprint())
+            weights = base.weights_fingerprint()
+            checkpoints.save_adapter(model, folder.adapter, recipe.data.template, weights, base.quantization)
             write_json(folder.manifest, made)  # last: its presence says that the run is finished
             checkpoints.prune(folder)
             return made, recorder.losses
@@ -331,6 +344,10 @@ def _arguments(recipe: Recipe, output: Path, examples: int, device: Any) -> Any:
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
         per_device_train_batch_size=t.batch_size,  # of all processes: the trainer divides it
+        optim=t.optimizer,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
         learning_rate=t.learning_rate,
         warmup_steps=_warmup_steps(recipe, examples),
         lr_scheduler_type=t.schedule if t.schedule != "constant" else "constant_with_warmup",

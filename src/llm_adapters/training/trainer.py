@@ -258,10 +258,7 @@ def add_up(parameters: list[torch.nn.Parameter]) -> None:
 
 def _require_finite(step: int, loss: torch.Tensor) -> None:
     if not torch.isfinite(loss):
-        raise WorkError(
-            f"the loss is {loss.item()} at step {step}: lower training.learning_rate,"
-            " or use model.dtype float32 or bfloat16 instead of float16"
-        )
+        raise WorkError(f"the loss is {loss.item()} at step {step}: lower training.learning_rate")
 
 
 class Recorder(TrainerCallback):
