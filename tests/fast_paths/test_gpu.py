@@ -14,6 +14,7 @@ from torch import nn
 from llm_adapters.fast_paths import ON, FastPaths
 from llm_adapters.ops import backends
 from llm_adapters.ops.packing import Pack
+from llm_adapters.ops.padded_attention import Scores
 from llm_adapters.ops.varlen_attention import varlen_attention
 from llm_adapters.training import train
 from llm_adapters.training.collator import Collator, MicroBatch
@@ -84,10 +85,13 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_way(method: str, checkpoint
         assert mine < 2 * theirs + tolerance, f"{name}: {mine:.2g}, and plainly {theirs:.2g}"
 
 
+@pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("prefix", [0, 7])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_of_packs(monkeypatch: pytest.MonkeyPatch, kv_heads: int, prefix: int, window: int | None) -> None:
+def test_attention_of_packs(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, prefix: int, window: int | None, alibi: bool
+) -> None:
     """Torch's variable-length attention against the reference in float64, forward and gradients."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(9, (prefix,), generator=generator).tolist()
@@ -97,14 +101,15 @@ def test_attention_of_packs(monkeypatch: pytest.MonkeyPatch, kv_heads: int, pref
     drawn = [torch.randn(shape, generator=generator).to("cuda", torch.bfloat16) for shape in shapes]
     direction = torch.randn((pack.tokens, 4, 64), generator=generator).to("cuda", torch.bfloat16)
     direction[pack.end :] = 0
+    slopes = 0.71 ** torch.arange(1, 5, device="cuda").float() if alibi else None
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [part.detach().to(dtype).requires_grad_() for part in drawn]
-        out = varlen_attention(*leaves, pack, 0.125, window)
+        out = varlen_attention(*leaves, pack, 0.125, window, alibi_slopes=slopes)
         out.backward(direction.to(dtype))
         return [out[: pack.end].detach(), *(leaf.grad[:, : pack.end] for leaf in leaves)]
 
-    assert backends.function("packed_attention", drawn[0], drawn[2], window)
+    assert backends.function("packed_attention", drawn[0], drawn[2], Scores(0.125, window, slopes))
     found = run(torch.bfloat16)
     monkeypatch.setattr(backends, "disabled", True)
     exact, own = run(torch.float64), run(torch.bfloat16)
