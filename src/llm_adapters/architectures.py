@@ -370,15 +370,18 @@ def _unwrapped(module: Any) -> Any:
     return module
 
 
-def _has(module: "nn.Module", name: str) -> bool:
-    """True where `module` has a descendant of that dotted name; adapter layers in between are looked through."""
+def submodule(module: "nn.Module", name: str) -> "nn.Module | None":
+    """Find the descendant of that dotted name, None for none; adapter layers in between are looked through."""
     here: Any = module
     for part in name.split("."):
-        here = _unwrapped(here)
-        if part not in here._modules:
-            return False
-        here = here._modules[part]
-    return True
+        here = _unwrapped(here)._modules.get(part)
+        if here is None:
+            return None
+    return here
+
+
+def _has(module: "nn.Module", name: str) -> bool:
+    return submodule(module, name) is not None
 
 
 def checked_index(index: int, count: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from llm_adapters.errors import WorkError
+from llm_adapters.errors import Interrupted, RequestError, WorkError
 
 Result = TypeVar("Result")
 
@@ -32,6 +32,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_told_by_another(error: BaseException) -> bool:
+    """True if a person hears of `error` from another process on this machine: it is the first's, or found by each."""
+    alike = isinstance(error, RequestError | Interrupted) and os.environ.get("LOCAL_RANK", "0") != "0"
+    return alike or getattr(error, "of_first_process", False)
+
+
 def once(work: Callable[[], Result]) -> Result:
     """What `work` returns, done by the first process alone; the others wait for it, however long it takes.
 
@@ -48,6 +54,7 @@ def once(work: Callable[[], Result]) -> Result:
         done, result = pickle.loads(_wait(store, key))  # noqa: S301 -- of the first process of this very run
         if done:
             return result
+        result.of_first_process = True
         raise result
     _inside = True
     try:

@@ -29,19 +29,21 @@ def test_all_attention_functions(family: str) -> None:
     assert compat.attention_is_replaceable(tiny_model(family)) == (family not in OWN_ATTENTION)
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @torch.no_grad()
-def test_a_registered_attention_is_called_with_the_masks_of_sdpa() -> None:
+def test_a_registered_attention_is_called_with_the_masks_of_the_own_one(eager: bool) -> None:
     calls = []
 
     def attention(module: nn.Module, *tensors: torch.Tensor, **kwargs: object) -> object:
         calls.append(len(tensors))
-        return compat.sdpa_attention(module, *tensors, **kwargs)
+        own = compat.eager_attention if eager else compat.sdpa_attention
+        return own(module, *tensors, **kwargs)
 
-    model = tiny_model("llama")
+    model = tiny_model("gemma2" if eager else "llama")
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
     expected = model(IDS, attention_mask=mask).logits
-    for mapping, value in compat.attention_entries(attention):
+    for mapping, value in compat.attention_entries(attention, eager):
         mapping["llm_adapters_compat_test"] = value
     try:
         model.set_attn_implementation("llm_adapters_compat_test")

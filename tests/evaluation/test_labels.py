@@ -8,7 +8,7 @@ from llm_adapters.tasks.catalog import CATALOG, load_task
 from llm_adapters.tasks.examples import Example, Task
 
 
-def examples(*answers: str, question: str = "(A) one (B) two") -> list[Example]:
+def examples(*answers: str, question: str = "(A) one (B) two; Answer1: one") -> list[Example]:
     return [Example(question, answer=answer) for answer in answers]
 
 
@@ -35,9 +35,16 @@ def test_a_language_says_what_a_number_is() -> None:
 def test_a_letter_that_the_question_does_not_name() -> None:
     task = Task("mine", "Mine", "letter")
     assert check_labels(task, examples("a", "B") + examples("c", question="a) x, b) y, c) z")) == []
-    assert "1 of 2 questions do not name the letter" in check_labels(task, examples("A", "C"))[0]
+    assert "1 of 2 questions do not name the letter that is" in check_labels(task, examples("A", "C"))[0]
     with pytest.raises(RequestError, match=r"columns: \{choices: COLUMN\}"):
         check_labels(task, examples("A", "B", question="A shed or the river?".replace("A shed", "Shed")))
+
+
+def test_an_option_that_the_question_does_not_name() -> None:
+    task = Task("mine", "Mine", "option")
+    assert check_labels(task, examples("Ending 1", "ending2", question="Ending1: one\nEnding2: two")) == []
+    with pytest.raises(RequestError, match="do not name the option that is their answer"):
+        check_labels(task, examples("solution1", question="(A) one (B) two"))
 
 
 @pytest.mark.parametrize("name", [name for name, task in CATALOG.items() if task.split == "test"])

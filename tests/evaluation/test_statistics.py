@@ -1,7 +1,11 @@
+import itertools
+import math
+import random
+
 import pytest
 
 from llm_adapters.errors import RequestError
-from llm_adapters.evaluation.statistics import compare, mcnemar, spread, wilson
+from llm_adapters.evaluation.statistics import compare, mcnemar, mean_interval, pass_at_k, spread, wilson
 
 
 # Newcombe, "Two-sided confidence intervals for the single proportion: comparison of seven methods", Statistics in
@@ -75,3 +79,49 @@ def test_spread_of_seeds():
     assert spread([0.3]).deviation is None
     with pytest.raises(RequestError, match="no values"):
         spread([])
+
+
+def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_one():
+    for count in range(1, 7):
+        for correct in range(count + 1):
+            for k in range(1, count + 1):
+                choices = list(itertools.combinations([True] * correct + [False] * (count - correct), k))
+                assert pass_at_k(count, correct, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_pass_at_k_stays_exact_for_many_samples():
+    # 1 - C(1900, 100) / C(2000, 100), with whole numbers.
+    assert pass_at_k(2000, 100, 100) == pytest.approx(1 - math.comb(1900, 100) / math.comb(2000, 100), rel=1e-12)
+    for count, correct, k in ((3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)):
+        with pytest.raises(ValueError, match="pass@"):
+            pass_at_k(count, correct, k)
+
+
+def test_the_interval_of_a_mean_of_zeros_and_ones_is_wilsons():
+    for right, wrong in ((3, 7), (0, 5), (5, 0), (81, 182)):
+        expected = wilson(right, right + wrong)
+        assert mean_interval([1.0] * right + [0.0] * wrong) == pytest.approx(expected)
+        assert mean_interval([1.0] * right + [0.0] * wrong, most=1000) == pytest.approx(expected)
+
+
+def test_the_interval_of_a_mean_is_about_that_of_resampling():
+    choose = random.Random(0)
+    values = [choose.betavariate(0.6, 1.2) for _ in range(300)]
+    means = sorted(sum(choose.choices(values, k=300)) / 300 for _ in range(4000))
+    assert mean_interval(values) == pytest.approx((means[100], means[3900]), abs=0.004)
+
+
+def test_the_interval_of_a_mean_holds_its_level():
+    """Of pass@1 from 4 samples of each of 60 questions, whose chances differ."""
+    choose, inside = random.Random(1), 0
+    for _ in range(1000):
+        chances = [choose.betavariate(0.5, 1.0) for _ in range(60)]
+        values = [sum(choose.random() < chance for _ in range(4)) / 4 for chance in chances]
+        low, high = mean_interval(values, most=240)
+        inside += low <= 1 / 3 <= high
+    assert 930 <= inside <= 970  # 950 expected, with a standard deviation of 7
+
+
+def test_the_interval_of_equal_values_counts_no_more_outputs_than_there_are():
+    assert mean_interval([0.5] * 10, most=40) == pytest.approx(wilson(20, 40))
+    assert mean_interval([], most=40) == (0.0, 1.0)

@@ -1,18 +1,22 @@
 """The fast paths on a CUDA device. Run by the same command wherever there is one: `python -m pytest -m gpu`."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fast_path_helpers import OPTIONS, adapted, examples, gradients, long_and_short, plain_loss
 from graph_helpers import compute, steps
+from tiny import save_tiny
 from torch import nn
 
 from llm_adapters.fast_paths import ON, FastPaths
 from llm_adapters.ops import backends
 from llm_adapters.ops.packing import Pack
+from llm_adapters.ops.padded_attention import Scores
 from llm_adapters.ops.varlen_attention import varlen_attention
+from llm_adapters.training import train
 from llm_adapters.training.collator import Collator, MicroBatch
 from llm_adapters.training.graphs import MicroBatchGraphs
 
@@ -81,10 +85,13 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_way(method: str, checkpoint
         assert mine < 2 * theirs + tolerance, f"{name}: {mine:.2g}, and plainly {theirs:.2g}"
 
 
+@pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("prefix", [0, 7])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_attention_of_packs(monkeypatch: pytest.MonkeyPatch, kv_heads: int, prefix: int, window: int | None) -> None:
+def test_attention_of_packs(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, prefix: int, window: int | None, alibi: bool
+) -> None:
     """Torch's variable-length attention against the reference in float64, forward and gradients."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(9, (prefix,), generator=generator).tolist()
@@ -94,14 +101,15 @@ def test_attention_of_packs(monkeypatch: pytest.MonkeyPatch, kv_heads: int, pref
     drawn = [torch.randn(shape, generator=generator).to("cuda", torch.bfloat16) for shape in shapes]
     direction = torch.randn((pack.tokens, 4, 64), generator=generator).to("cuda", torch.bfloat16)
     direction[pack.end :] = 0
+    slopes = 0.71 ** torch.arange(1, 5, device="cuda").float() if alibi else None
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [part.detach().to(dtype).requires_grad_() for part in drawn]
-        out = varlen_attention(*leaves, pack, 0.125, window)
+        out = varlen_attention(*leaves, pack, 0.125, window, alibi_slopes=slopes)
         out.backward(direction.to(dtype))
         return [out[: pack.end].detach(), *(leaf.grad[:, : pack.end] for leaf in leaves)]
 
-    assert backends.function("packed_attention", drawn[0], drawn[2], window)
+    assert backends.function("packed_attention", drawn[0], drawn[2], Scores(0.125, window, slopes))
     found = run(torch.bfloat16)
     monkeypatch.setattr(backends, "disabled", True)
     exact, own = run(torch.float64), run(torch.bfloat16)
@@ -212,6 +220,28 @@ def test_what_waits_for_the_device_is_not_captured() -> None:
     assert graphs.captured == 0
     for (losses, _), (others, _) in zip(found, expected, strict=True):
         assert losses == pytest.approx(others, rel=2e-2)
+
+
+def test_a_run_with_graphs_learns_what_one_without_does(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {
+        "model": {
+            "name": str(save_tiny(tmp_path / "model", "llama", **SIZES)),
+            "dtype": "bfloat16",
+            "device": "cuda",
+        },
+        "adapter": {"method": "lora", "options": {"r": 4, "lora_dropout": 0.0}},
+        "data": {"train": "wordproblems-train", "template": "plain", "limit": 64, "max_length": 256},
+        "training": {"epochs": 4, "batch_size": 8, "log_every": 1, "learning_rate": 1e-3},
+    }
+    runs = [
+        train(recipe | {"training": recipe["training"] | {"cuda_graphs": on}}, tmp_path / str(on), progress=False)
+        for on in (True, False)
+    ]
+    told = [run.manifest["fast_paths"]["CUDA graphs"] for run in runs]
+    assert "captured in" in told[0], told[0]
+    assert told[1] == "not asked for"
+    losses = [[line["loss"] for line in run.log if "loss" in line] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_plain_loss_is_the_helpers() -> None:

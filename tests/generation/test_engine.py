@@ -1,47 +1,22 @@
 """The engine itself: requests at any time, cancelled ones, adapters, prefixes, and a cache that grows and is kept."""
 
-import contextlib
 import random
 
 import peft
 import pytest
 import torch
-from generation_helpers import NEW, make_prompts, reference, run, small_blocks, trained
+from generation_helpers import NEW, finish, make_prompts, opened, reference, run, small_blocks, trained, without_stop
 from tiny import tiny_model, tiny_tokenizer
 
 from llm_adapters.errors import RequestError, WorkError
-from llm_adapters.fast_paths import FastPaths
 from llm_adapters.fast_paths.routing import using
 from llm_adapters.generation import engine as engines
-from llm_adapters.generation.engine import Engine
 from llm_adapters.generation.generator import Generator
 from llm_adapters.ops.kv_cache import PagedCache
 
 pytestmark = pytest.mark.usefixtures("functions")
 
 LORA = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-
-
-@contextlib.contextmanager
-def opened(model, stop_token_ids=(2,), adapters=None, **options):
-    with FastPaths(model, inference=True, adapters=adapters) as fast:
-        yield Engine(fast, list(stop_token_ids), **options)
-
-
-def finish(engine, found=None):
-    """Step until nothing is left; the tokens of each request, and the reason why it ended."""
-    found, reasons = found if found is not None else {}, {}
-    while engine.has_unfinished:
-        for output in engine.step():
-            assert output.request_id not in reasons
-            found.setdefault(output.request_id, []).extend(output.token_ids)
-            if output.finish_reason:
-                reasons[output.request_id] = output.finish_reason
-    return found, reasons
-
-
-def without_stop(tokens):
-    return tuple(tokens[:-1] if tokens[-1] == 2 else tokens)
 
 
 def storage(cache):

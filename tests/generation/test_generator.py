@@ -1,9 +1,10 @@
+import itertools
 import random
 
 import peft
 import pytest
 import torch
-from generation_helpers import NEW, make_prompts, reference, run, small_blocks, trained
+from generation_helpers import NEW, make_prompts, reference, run, small_blocks, trained, untied
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, POSITIONS, VOCAB, tiny_model, tiny_tokenizer
@@ -27,21 +28,20 @@ PROMPT_LEARNING = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batches_give_what_each_prompt_gives_alone(family):
-    model, prompts = tiny_model(family), make_prompts()
+    model, prompts = untied(family), make_prompts()
     expected = [reference(model, prompt) for prompt in prompts]
     together = run(model, prompts, batch_size=len(prompts))
     assert [together[index].tokens for index in range(len(prompts))] == expected
 
 
 NAMED = ["llama", "bloom", "gptj", "gpt2", "qwen3", "mixtral"]
-# Those whose attention the engine cannot take; the others must not fall back unnoticed.
-FALL_BACK = {"bloom", "gptj", "gpt_neo", "falcon", "mpt", "gemma2", "stablelm"}
+OWN_ATTENTION = ["bloom", "gptj", "gpt_neo", "falcon", "mpt"]  # in the place of whose own code the engine's is
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize("family", NAMED)
 def test_batch_size_and_order_change_nothing(family, num_beams):
-    model, prompts = tiny_model(family), make_prompts()
+    model, prompts = untied(family), make_prompts()
     expected = run(model, prompts, batch_size=1, num_beams=num_beams)
     for size in (3, 7, len(prompts), None):
         assert run(model, prompts, batch_size=size, num_beams=num_beams) == expected
@@ -52,9 +52,9 @@ def test_batch_size_and_order_change_nothing(family, num_beams):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_which_families_the_engine_takes(family):
+def test_the_engine_takes_every_family(family):
     with Generator(tiny_model(family), tiny_tokenizer()) as generator:
-        assert (generator.report["engine"] == "transformers") == (family in FALL_BACK), generator.report
+        assert generator.report["engine"] == "own", generator.report
 
 
 def by_transformers(model, prompts, num_beams, new, ends):
@@ -70,21 +70,23 @@ def by_transformers(model, prompts, num_beams, new, ends):
     return answers
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
-@pytest.mark.parametrize("family", NAMED)
+@pytest.mark.parametrize(
+    ("family", "num_beams"),
+    [*itertools.product(NAMED, (1, 4)), *((family, 1) for family in ("gemma2", "gpt_neo", "falcon", "mpt"))],
+)
 def test_equal_to_transformers_alone(family, num_beams):
-    model, prompts = tiny_model(family), make_prompts()
+    model, prompts = untied(family), make_prompts()
     # Ends that do occur, so that answers end anywhere, and free places are taken again.
     free = by_transformers(model, prompts, num_beams, 24, {2})
     ends = {2, *(free[at][5 * at % 20] for at in (0, 1, 2, 3, 5, 7))}
     model.generation_config.eos_token_id = sorted(ends)
     expected = by_transformers(model, prompts, num_beams, 24, ends)
-    assert family in FALL_BACK or len({len(answer) for answer in expected}) > 1
+    assert len({len(answer) for answer in expected}) > 1
     answers = run(model, prompts, batch_size=3, num_beams=num_beams, max_new_tokens=24)
     assert [answers[index].tokens for index in range(len(prompts))] == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mixtral", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mixtral", "mistral", "bloom", "gptj"])
 def test_speculation_changes_no_answer(family, monkeypatch):
     small_blocks(monkeypatch)
     monkeypatch.setattr(decoding, "NGRAM_SIZE", 2)
@@ -133,11 +135,15 @@ def test_the_nearest_repetition_is_found(answers, repeated):
         assert period == min(fitting, default=0)
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
-def test_answers_of_many_blocks_and_prompts_that_begin_alike(num_beams, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "num_beams"), [("llama", 4), ("bloom", 4), *((f, 1) for f in ("llama", "gemma2", *OWN_ATTENTION))]
+)
+def test_answers_of_many_blocks_and_prompts_that_begin_alike(family, num_beams, monkeypatch):
     small_blocks(monkeypatch)
     monkeypatch.setattr(engine, "MAX_PREFILL_TOKENS", 20)
-    model, prompts = tiny_model("llama"), [[7, 8, 9, 10, 11, *prompt] for prompt in make_prompts()]
+    window = {"gemma2": {"sliding_window": 8}, "gpt_neo": {"window_size": 8}}.get(family, {})
+    model = tiny_model(family, tie_word_embeddings=False, **window)
+    prompts = [[7, 8, 9, 10, 11, *prompt] for prompt in make_prompts()]
     ends = {2, *range(3, 300, 40)} if num_beams == 1 else {2, 60}
     model.generation_config.eos_token_id = sorted(ends)
     expected = by_transformers(model, prompts, num_beams, 30, ends)
@@ -147,19 +153,20 @@ def test_answers_of_many_blocks_and_prompts_that_begin_alike(num_beams, monkeypa
 
 
 @pytest.mark.parametrize("method", ["series", "parallel", "lora"])
-def test_adapters_on_the_engine_equal_transformers(method):
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
+def test_adapters_on_the_engine_equal_transformers(family, method):
     configs = {
         "lora": peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.1),
         "series": BottleneckConfig(insertion="series", bottleneck_size=8, task_type="CAUSAL_LM"),
         "parallel": BottleneckConfig(insertion="parallel", bottleneck_size=8, task_type="CAUSAL_LM"),
     }
-    model, prompts = trained(tiny_model("llama"), configs[method]), make_prompts()
+    model, prompts = trained(untied(family), configs[method]), make_prompts()
     expected = run(model, prompts, own=False)
     assert run(model, prompts) == expected
     assert run(model, prompts, merge=False) == expected
     with Generator(model, tiny_tokenizer()) as generator:
         assert generator.report["fast_paths"].get("LoRA merged", "").startswith("on") == (method == "lora")
-    base = run(tiny_model("llama"), prompts)
+    base = run(untied(family), prompts)
     assert expected != base
 
 
@@ -210,19 +217,20 @@ def test_blocks_are_reused_moved_down_and_given_back():
 @pytest.mark.parametrize("method", PROMPT_LEARNING)
 @pytest.mark.parametrize("family", ["llama", "bloom", "gptj", "gpt2"])
 def test_learned_prompts_stand_right_before_the_padded_prompt(family, method):
-    model = trained(tiny_model(family), PROMPT_LEARNING[method])
+    model = trained(untied(family), PROMPT_LEARNING[method])
     prompts = make_prompts()
     expected = [reference(model, prompt) for prompt in prompts]
     answers = run(model, prompts, batch_size=4)
     assert [answers[index].tokens for index in range(len(prompts))] == expected
     with Generator(model, tiny_tokenizer()) as generator:
-        own = method == "prefix" and family not in FALL_BACK  # a learned prefix lies in the engine's cache
-        assert (generator.report["engine"] == "own") == own
+        # A learned prefix lies in the engine's cache.
+        assert (generator.report["engine"] == "own") == (method == "prefix")
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_a_learned_prefix_before_prompts_that_begin_alike(num_beams):
-    model = trained(tiny_model("llama"), PROMPT_LEARNING["prefix"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
+def test_a_learned_prefix_before_prompts_that_begin_alike(family, num_beams):
+    model = trained(untied(family), PROMPT_LEARNING["prefix"])
     prompts = [[7, 8, 9, *prompt] for prompt in make_prompts()]
     expected = run(model, prompts, own=False, batch_size=1, num_beams=num_beams)
     for size in (1, 4):
@@ -367,7 +375,7 @@ def test_batch_size_follows_memory(monkeypatch):
     assert choose_batch_size(model, [10, 300], 100, num_beams=4) == generation.LARGEST_BATCH // 4
     # A row: keys and values, 2 layers, 2 heads of 8 numbers of 4 bytes, 400 tokens; and 16 bytes for each of 304 words.
     row = 2 * 2 * 2 * 8 * 4 * 400 + 16 * VOCAB
-    monkeypatch.setattr(generation, "_free_memory", lambda device: 2 * 5 * row)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 2 * 5 * row)
     assert choose_batch_size(model, [10, 300], 100) == 5
-    monkeypatch.setattr(generation, "_free_memory", lambda device: 10)
+    monkeypatch.setattr(generation, "free_memory", lambda device: 10)
     assert choose_batch_size(model, [10, 300], 100) == 1

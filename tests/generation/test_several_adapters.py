@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from generation_helpers import NEW, make_prompts, reference, run, trained
+from generation_helpers import NEW, make_prompts, reference, run, trained, untied
 from tiny import tiny_model, tiny_tokenizer
 
 from llm_adapters.bottleneck import BottleneckConfig
@@ -37,10 +37,10 @@ ONE_BY_ONE = {  # what cannot be in one batch, and why
 }
 
 
-def with_two(configs):
+def with_two(configs, family="llama"):
     """A model with two adapters, "default" and "other", none at its start."""
     torch.manual_seed(0)  # PEFT draws its initial weights
-    model = trained(tiny_model("llama"), configs[0])
+    model = trained(untied(family), configs[0])
     model.add_adapter("other", copy.deepcopy(configs[1]))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
@@ -79,6 +79,22 @@ def test_every_prompt_is_answered_by_its_adapter_in_one_batch(method, shared, ba
     assert model.active_adapters == ["default"]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
     assert by_adapter(model, prompts[:3], names[:3]) == {index: expected[index] for index in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("bloom", "lora"), ("bloom", "different"), ("gptj", "lora"), ("gptj", "different"), ("falcon", "different")],
+)
+def test_rows_of_other_families_have_their_adapters(family, method):
+    lora = [peft.LoraConfig(task_type="CAUSAL_LM", r=r, target_modules="all-linear") for r in (2, 3)]
+    model = with_two(lora if method == "lora" else ROUTED[method], family)
+    prompts = [[7] * 3 + prompt for prompt in make_prompts()]
+    names = [("default", "other", "__base__")[index % 3] for index in range(len(prompts))]
+    expected = by_adapter(model, prompts, names)
+    with Generator(model, tiny_tokenizer(), max_new_tokens=NEW, batch_size=4, adapters=sorted(set(names))) as generator:
+        assert generator.report["engine"] == "own", generator.report
+        found = dict(generator.generate(prompts, adapter_names=names))
+    assert {index: answer.tokens for index, answer in found.items()} == expected
 
 
 @pytest.mark.parametrize("method", ONE_BY_ONE)

@@ -18,11 +18,27 @@ PACKS = [
 ]
 
 
+# The window, a linear bias, the cap: one after the other, and all at once.
+SCORES = [
+    (None, False, None),
+    (3, False, None),
+    (40, False, None),
+    (None, True, None),
+    (None, False, 1.5),
+    (40, True, 4.0),
+]
+
+
+def slopes_of(num_heads: int, alibi: bool) -> torch.Tensor | None:
+    """ALiBi's slopes: a geometric sequence, whose numbers half precision does not hold exactly."""
+    return 0.71 ** torch.arange(1, num_heads + 1).float() if alibi else None
+
+
 def pack_of(lengths: tuple, prefix: int) -> Pack:
     return Pack.of([[1] * prefix + [2] * length for length in lengths], prefix)
 
 
-def formula(pack: Pack, num_heads: int, window: int | None):
+def formula(pack: Pack, num_heads: int, window: int | None, alibi: bool = False, softcap: float | None = None):
     """Attention of every token over the shared prefix and its own segment, in one softmax for the whole pack."""
     owners = [-1] * pack.prefix + [number for number, length in enumerate(pack.lengths) for _ in range(length)]
     positions, owner = pack.position_ids[0, : pack.end], torch.tensor(owners)
@@ -32,6 +48,10 @@ def formula(pack: Pack, num_heads: int, window: int | None):
     def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         key, value = (part.repeat_interleave(num_heads // part.shape[1], 1) for part in (key, value))
         scores = torch.einsum("qhw,khw->hqk", query[: pack.end], key[: pack.end]) * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if alibi:
+            scores = scores - slopes_of(num_heads, alibi).double()[:, None, None] * distance
         probs = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
         out = torch.einsum("hqk,khw->qhw", probs, value[: pack.end])
         return functional.pad(out, (0, 0, 0, 0, 0, pack.tokens - pack.end))
@@ -40,7 +60,7 @@ def formula(pack: Pack, num_heads: int, window: int | None):
 
 
 @pytest.mark.parametrize("block", [512, 32])
-@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize(("window", "alibi", "softcap"), SCORES)
 @pytest.mark.parametrize(("lengths", "prefix", "num_heads", "num_kv_heads", "head_dim"), PACKS)
 def test_it_is_the_formula(
     dtype: torch.dtype,
@@ -50,6 +70,8 @@ def test_it_is_the_formula(
     num_kv_heads: int,
     head_dim: int,
     window: int | None,
+    alibi: bool,
+    softcap: float | None,
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -57,8 +79,20 @@ def test_it_is_the_formula(
     monkeypatch.setattr(padded_attention, "BLOCK", block)
     pack = pack_of(lengths, prefix)
     parts = [torch.randn(pack.tokens, count, head_dim).to(dtype) for count in (num_heads, num_kv_heads, num_kv_heads)]
-    mine = lambda *rows: varlen_attention(*(r.transpose(0, 1) for r in rows), pack, 0.3, window)  # noqa: E731
-    expected = with_gradients(formula(pack, num_heads, window), *(part.double() for part in parts))
+    more = {"alibi_slopes": slopes_of(num_heads, alibi), "softcap": softcap}
+    mine = lambda *rows: varlen_attention(*(r.transpose(0, 1) for r in rows), pack, 0.3, window, **more)  # noqa: E731
+    expected = with_gradients(formula(pack, num_heads, window, alibi, softcap), *(part.double() for part in parts))
+    for found, exact in zip(with_gradients(mine, *parts), expected, strict=True):
+        assert_close(found, exact, 3)
+
+
+@pytest.mark.parametrize(("window", "alibi", "softcap"), SCORES)
+def test_next_to_no_dropout_is_none(window: int | None, alibi: bool, softcap: float | None) -> None:
+    pack = pack_of((20, 9), 5)
+    parts = [torch.randn(pack.tokens, 2, 32) for _ in range(3)]
+    more = {"alibi_slopes": slopes_of(2, alibi), "softcap": softcap}
+    mine = lambda *rows: varlen_attention(*(r.transpose(0, 1) for r in rows), pack, 0.3, window, 1e-12, **more)  # noqa: E731
+    expected = with_gradients(formula(pack, 2, window, alibi, softcap), *(part.double() for part in parts))
     for found, exact in zip(with_gradients(mine, *parts), expected, strict=True):
         assert_close(found, exact, 3)
 

@@ -33,6 +33,20 @@ def without_dropout(family: str, **overrides: Any) -> Any:
     return base
 
 
+def set_attention_dropout(model: nn.Module, p: float) -> int:
+    """Have the attention of a model drop; returns the number of places where it is set."""
+    count = 0
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout", "attn_dropout_p"):
+            value = getattr(module, name, None)
+            if isinstance(value, nn.Dropout):
+                value.p = p
+            elif isinstance(value, int | float):
+                setattr(module, name, p)
+            count += isinstance(value, nn.Dropout | int | float)
+    return count
+
+
 def adapted(
     family: str,
     method: str,

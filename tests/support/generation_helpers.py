@@ -1,16 +1,24 @@
 """What the tests of generation share: prompts, adapters that do something, and generation in its plainest form."""
 
+import contextlib
 import copy
 import random
 
 import peft
 import torch
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
+from llm_adapters.fast_paths import FastPaths
+from llm_adapters.generation.engine import Engine
 from llm_adapters.generation.generator import generate
 
 NEW = 8
 LENGTHS = (5, 17, 33, 9, 1, 26, 26, 40, 2)
+
+
+def untied(family):
+    """A model whose head is not its embeddings: tied and random, those would say every token again."""
+    return tiny_model(family, tie_word_embeddings=False)
 
 
 def make_prompts():
@@ -49,3 +57,25 @@ def small_blocks(monkeypatch):
     for module in ("kv_cache", "paged_attention"):
         monkeypatch.setattr(f"llm_adapters.ops.{module}.BLOCK_SIZE", 4)
         monkeypatch.setattr(f"llm_adapters.ops.{module}.BLOCK_STEP", 1)
+
+
+@contextlib.contextmanager
+def opened(model, stop_token_ids=(2,), adapters=None, **options):
+    with FastPaths(model, inference=True, adapters=adapters) as fast:
+        yield Engine(fast, list(stop_token_ids), **options)
+
+
+def finish(engine, found=None):
+    """Step until nothing is left; the tokens of each request, and the reason why it ended."""
+    found, reasons = found if found is not None else {}, {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            assert output.request_id not in reasons
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason:
+                reasons[output.request_id] = output.finish_reason
+    return found, reasons
+
+
+def without_stop(tokens):
+    return tuple(tokens[:-1] if tokens[-1] == 2 else tokens)

@@ -85,7 +85,7 @@ class GraphRecorder:
     def compute(self, function: Callable[[], None]) -> None:
         function()
 
-    def waits(self, function: Callable[[], None]) -> str | None:
+    def obstacle(self, function: Callable[[], None]) -> str | None:
         function()
         return None
 

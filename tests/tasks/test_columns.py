@@ -251,6 +251,13 @@ def test_options_reach_the_question(tmp_path, columns, label):
     assert (example.question, example.answer) == (expected, label)
 
 
+def test_a_position_among_the_options_is_no_response(tmp_path):
+    row = {"question": "Where is a boat kept?", "choices": ["shed", "river"], "answer": 1}
+    assert load_file(write(tmp_path, "a.json", json.dumps([row])))[0].response == "B"
+    row["answer"] = "river"
+    assert load_file(write(tmp_path, "a.json", json.dumps([row])))[0].response == "river"
+
+
 def test_options_that_the_question_shows_are_not_shown_twice(tmp_path):
     row = {"question": "In a shed or a river?", "choices": ["shed", "river"], "answer": "A"}
     assert load_file(write(tmp_path, "a.json", json.dumps([row])))[0].question == row["question"]

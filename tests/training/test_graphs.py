@@ -2,7 +2,9 @@
 semantics (`tests/support/graph_recorder.py`)."""
 
 import functools
+import itertools
 import os
+import random
 import signal
 import warnings
 from collections import Counter
@@ -55,8 +57,14 @@ def micro_batches(shared: int = 6) -> list[MicroBatch]:
 
 
 @pytest.mark.parametrize("shared", [6, 0])
-@pytest.mark.parametrize("method", OPTIONS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "opt"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *itertools.product(["llama", "qwen3", "gemma3_text", "opt", "gptj"], OPTIONS),
+        ("bloom", "lora"),  # its parallel adapters reach the block's input by a hook
+        ("bloom", "series"),
+    ],
+)
 def test_replays_are_the_plain_loop(family: str, method: str, shared: int) -> None:
     """Two micro-batches of each step; the third step is of other micro-batches than what was captured."""
     model = adapted(family, method).train()
@@ -367,7 +375,7 @@ def test_the_stream_is_as_before_whatever_happens(monkeypatch: pytest.MonkeyPatc
     assert cuda.did[-1] == "replay on main"
 
 
-def test_where_the_host_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     capture = CudaCapture(torch.device("cuda"))
 
@@ -375,10 +383,12 @@ def test_where_the_host_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cuda.sync_mode == "warn"
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
-    told = capture.waits(waiting)
+    told = capture.obstacle(waiting)
     assert told is not None
     assert "test_graphs.py" in told
-    assert capture.waits(lambda: warnings.warn("deprecated", stacklevel=1)) is None
+    assert capture.obstacle(lambda: warnings.warn("deprecated", stacklevel=1)) is None
+    for draw in (random.random, lambda: torch.rand(1)):
+        assert capture.obstacle(draw) == "the host draws random numbers"
     with pytest.raises(RuntimeError):
-        capture.waits(failing("out of memory"))
+        capture.obstacle(failing("out of memory"))
     assert cuda.sync_mode == 0

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
+from llm_adapters import processes
 from llm_adapters._version import __version__
 from llm_adapters.errors import Interrupted, RequestError, WorkError, from_system, harmless
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries()
-    with _Streams(), _terminated_as_interrupted():
+    with _Streams(), _one_voice(), _terminated_as_interrupted():
         try:
             code = _run(words)
             sys.stdout.flush()
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            print(f"llm-adapters: {harmless(str(told))}", file=sys.stderr)
+            if not processes.is_told_by_another(error):
+                print(f"llm-adapters: {harmless(str(told))}", file=sys.stderr)
             if isinstance(told, Interrupted):
                 return INTERRUPTED
             return WRONG_REQUEST if isinstance(told, RequestError) else FAILED
@@ -103,6 +105,18 @@ class _Streams(contextlib.ExitStack):
             elif hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         return self
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Results and notes inside are the first process's; of the others, only errors of their own are shown."""
+    if processes.is_first():
+        yield
+        return
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextlib.contextmanager

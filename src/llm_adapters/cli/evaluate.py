@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from llm_adapters.compat.jsonargparse import Count
+from llm_adapters.compat.jsonargparse import Count, NotNegative, Positive, Seed
 from llm_adapters.errors import RequestError
 from llm_adapters.tasks.answers import ProtocolName
 from llm_adapters.tasks.templates import TemplateName
@@ -27,6 +27,11 @@ def evaluate(
     check_invariance: int = 0,
     allow_untrained: bool = False,
     allow_other_base: bool = False,
+    samples: Count = 1,
+    temperature: NotNegative = 0.0,
+    top_p: Positive = 1.0,
+    top_k: int = 0,
+    seed: Seed = 0,
     html: bool = False,
     json: bool = False,
 ) -> None:
@@ -49,6 +54,11 @@ def evaluate(
         check_invariance: answer so many questions again, alone and in float32, and report how many scores flip.
         allow_untrained: measure an adapter that does nothing, too.
         allow_other_base: measure an adapter on other weights than those that it was trained on, too.
+        samples: answers to each question, for pass@k and their majority vote; needs a temperature.
+        temperature: 0 takes the most probable token; above 0, tokens are drawn, the more evenly the higher it is.
+        top_p: draw from the most probable tokens that together have this probability.
+        top_k: draw from so many most probable tokens; 0 for all.
+        seed: of the random numbers: the same seed gives the same answers.
         html: write errors.html beside the records, a page to read questions, outputs and answers in.
         json: print the result as one JSON document on stdout.
     """
@@ -61,7 +71,7 @@ def evaluate(
     if html and not (run or output):
         raise RequestError("--html needs a folder for the page: give --output")
 
-    from llm_adapters import evaluation
+    from llm_adapters import evaluation, processes
     from llm_adapters.cli import tables
     from llm_adapters.evaluation.report import write_report
 
@@ -81,9 +91,14 @@ def evaluate(
         check_invariance=check_invariance,
         allow_untrained=allow_untrained,
         allow_other_base=allow_other_base,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
     )
-    if html and result.folder:
-        write_report(result.folder)
+    if html and (folder := result.folder):
+        processes.once(lambda: write_report(folder))
     if json:
         tables.print_json(result.to_dict())
     else:

@@ -47,8 +47,13 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 def score(result: "TaskResult") -> str:
     """``"31.0 % (26-36)"``: accuracy with its 95 % interval."""
-    low, high = result.interval
-    return f"{100 * result.accuracy:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+    return percent(result.accuracy, result.interval)
+
+
+def percent(accuracy: float, interval: Sequence[float]) -> str:
+    """``"31.0 % (26-36)"``: a share and its interval."""
+    low, high = interval
+    return f"{100 * accuracy:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def size(count: float) -> str:
@@ -90,13 +95,30 @@ def show_evaluation(evaluation: "Evaluation") -> None:
         for name, result in evaluation.tasks.items()
     ]
     title = f"{about['model']['name']}, {about['precision']}, prompt {about['template']['name']}"
-    show(title, ("task", "accuracy (95 %)", "correct", "no answer", "cut off", "tokens/s"), rows)
+    sampled = any(result.sampled for result in evaluation.tasks.values())
+    accuracy = "majority vote (95 %)" if sampled else "accuracy (95 %)"
+    show(title, ("task", accuracy, "correct", "no answer", "cut off", "tokens/s"), rows)
+    if sampled:
+        show_sampled(evaluation)
     for name, result in evaluation.tasks.items():
         if result.unseen and result.seen:
             share = 100 * result.unseen["accuracy"]
             print(f"{name}: {result.seen} questions were in the training data; without them {share:.1f} %")
     if evaluation.folder:
         print(f"records: {evaluation.folder}")
+
+
+def show_sampled(evaluation: "Evaluation") -> None:
+    """Print pass@k and majority vote of every task."""
+    rows, columns = [], []
+    for name, result in evaluation.tasks.items():
+        scores = {key: value for key, value in (result.sampled or {}).items() if key != "samples"}
+        rows.append((name, *(percent(value["accuracy"], value["interval"]) for value in scores.values())))
+        columns = ["task", *scores]
+    said = evaluation.about["sampling"]
+    title = f"{said['n']} samples, temperature {said['temperature']:g}"
+    title += f", top-p {said['top_p']:g}" * (said["top_p"] < 1) + f", top-k {said['top_k']}" * (said["top_k"] > 0)
+    show(f"{title}, seed {said['seed']} (95 %)", columns, rows)
 
 
 def show_comparison(comparison: dict[str, Any]) -> None:

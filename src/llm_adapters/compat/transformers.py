@@ -29,16 +29,17 @@ def attention_is_replaceable(model: "nn.Module") -> bool:
     return hasattr(modelling_module(model), "ALL_ATTENTION_FUNCTIONS")
 
 
-def attention_entries(function: Any) -> "list[tuple[dict[str, Any], Any]]":
+def attention_entries(function: Any, eager: bool = False) -> "list[tuple[dict[str, Any], Any]]":
     """Mappings of the process in which an attention is looked up by name, each with the value to put there.
 
     They are `AttentionInterface.register`'s and `AttentionMaskInterface.register`'s, which take nothing back; the masks
-    are SDPA's.
+    are SDPA's, or those of eager attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    return [(AttentionInterface._global_mapping, function), (AttentionMaskInterface._global_mapping, sdpa_mask)]
+    masks = eager_mask if eager else sdpa_mask
+    return [(AttentionInterface._global_mapping, function), (AttentionMaskInterface._global_mapping, masks)]
 
 
 def sdpa_attention(module: "nn.Module", *tensors: Any, **kwargs: Any) -> Any:
@@ -46,6 +47,11 @@ def sdpa_attention(module: "nn.Module", *tensors: Any, **kwargs: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, *tensors, **kwargs)
+
+
+def eager_attention(module: "nn.Module", *tensors: Any, **kwargs: Any) -> Any:
+    """Attention as the modelling file of `module` computes it, in plain torch, with all that the family has."""
+    return modelling_module(module).eager_attention_forward(module, *tensors, **kwargs)
 
 
 def rotary_function(model: "nn.Module") -> Any:

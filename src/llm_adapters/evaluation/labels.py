@@ -24,13 +24,14 @@ def check_labels(task: Task, examples: Sequence[Example]) -> list[str]:
         examples: its questions.
 
     Returns:
-        A sentence on labels that can never be met, and one on letters that no question names, where there are some.
+        Sentences: on labels that can never be met, and on letters or options that no question names.
 
     Raises:
         RequestError: that holds for all of them, so that the score could say nothing.
     """
     notes = []
-    unreadable = _named(example for example in enumerate(examples, 1) if not _readable(task, example[1]))
+    numbered = list(enumerate(examples, 1))
+    unreadable = _named(pair for pair in numbered if not _readable(task, pair[1]))
     if unreadable:
         what = (
             f"{task.name}: {len(unreadable)} of {len(examples)} gold labels are {_ARE[task.kind]}: {some(unreadable)}"
@@ -38,18 +39,19 @@ def check_labels(task: Task, examples: Sequence[Example]) -> list[str]:
         if len(unreadable) == len(examples):
             raise RequestError(f"{what}. No answer can equal them: correct the labels, or the task's `kind`.")
         notes.append(f"{what}. No answer can equal them, and they count as wrong.")
-    if task.kind == "letter":
-        unnamed = _named(
-            example for example in enumerate(examples, 1) if _readable(task, example[1]) and not _shows(example[1])
-        )
+    if task.kind in ("letter", "option"):
+        unnamed = _named(pair for pair in numbered if _readable(task, pair[1]) and not _shows(pair[1], task.kind))
         if unnamed:
-            what = f"{task.name}: {len(unnamed)} of {len(examples)} questions do not name the letter of their answer"
+            what = (
+                f"{task.name}: {len(unnamed)} of {len(examples)} questions do not name the {task.kind} that is their "
+                f"answer: {some(unnamed)}"
+            )
             if len(unnamed) == len(examples):
                 raise RequestError(
                     f"{what}. Are the options in another column? Name it in the task file: "
                     "`columns: {choices: COLUMN}`."
                 )
-            notes.append(f"{what}: {some(unnamed)}.")
+            notes.append(f"{what}.")
     return notes
 
 
@@ -57,12 +59,18 @@ def _readable(task: Task, example: Example) -> bool:
     return is_readable(example.answer, task.kind, task.language)
 
 
-def _shows(example: Example) -> bool:
+def _shows(example: Example, kind: str) -> bool:
+    if kind == "option":  # "Answer 2" is answer2
+        return _letters_and_digits(example.answer) in _letters_and_digits(f"{example.question} {example.input}")
     letter = re.sub(r"[^A-Za-z]", "", example.answer).upper()
     texts = [example.question, example.input, *(content for _, content in example.history)]
     return any(
         re.search(rf"(?<![A-Za-z]){letter}(?![A-Za-z'’])|(?<!\w){letter.lower()} ?[).:]", text) for text in texts
     )
+
+
+def _letters_and_digits(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def _named(examples: Iterable[tuple[int, Example]]) -> list[str]:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm_adapters.documents import typed
 from llm_adapters.errors import RequestError, first_line
 from llm_adapters.evaluation.protocols import Protocol
+from llm_adapters.evaluation.samples import Sample, vote
 from llm_adapters.files import append, load_json, write_text
 from llm_adapters.tasks.answers import extract, is_correct
 from llm_adapters.tasks.templates import get_template
@@ -57,6 +59,8 @@ class Record:
         tokens: number of generated tokens.
         skipped: the prompt was too long for the model, and nothing was generated.
         seen: the question is in the adapter's training data.
+        samples: all answers where several were sampled; `output`, `extracted`, `correct` and `finished` are then those
+            of the first that gives the majority's answer, and `tokens` are those of all. None without sampling.
     """
 
     index: int
@@ -70,6 +74,7 @@ class Record:
     tokens: int
     skipped: bool = False
     seen: bool = False
+    samples: list[Sample] | None = None
 
     def rescored(self, kind: str, *, template: str, protocol: Protocol, language: str = "") -> "Record":
         """Same output, scored again.
@@ -80,10 +85,31 @@ class Record:
             protocol: says how the answer is read.
             language: of the data, where it is known.
         """
-        extracted, correct = score(
-            self.output, self.label, kind, template=template, protocol=protocol, language=language
-        )
-        return dataclasses.replace(self, extracted=extracted, correct=correct)
+
+        def scored(output: str) -> dict[str, Any]:
+            answer, correct = score(output, self.label, kind, template=template, protocol=protocol, language=language)
+            return {"extracted": answer, "correct": correct}
+
+        if self.samples is None:
+            return dataclasses.replace(self, **scored(self.output))
+        samples = [dataclasses.replace(sample, **scored(sample.output)) for sample in self.samples]
+        return dataclasses.replace(self, **voted(samples, kind, protocol))
+
+
+def voted(samples: list[Sample], kind: str, protocol: Protocol) -> dict[str, Any]:
+    """Fields of the `Record` of a question with several answers, by their majority.
+
+    Args:
+        samples: the answers.
+        kind: the kind of answer.
+        protocol: says how they were read.
+    """
+    won = samples[vote([sample.extracted for sample in samples], kind, protocol.extraction)]
+    tokens = sum(sample.tokens for sample in samples)
+    return {field.name: getattr(won, field.name) for field in dataclasses.fields(Sample)} | {
+        "samples": samples,
+        "tokens": tokens,
+    }
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -113,7 +139,7 @@ def read_records(path: Path) -> list[Record]:
     for number, line in enumerate(lines, 1):
         if line:
             try:
-                records.append(typed(Record, load_json(line)))
+                records.append(_read(Record, line))
             except ValueError as error:
                 raise RequestError(f"line {number} of {str(path)!r} is not a record ({error}).") from None
     return records
@@ -162,7 +188,7 @@ class Journal:
         with contextlib.suppress(ValueError):
             if typed(_Header, load_json(header)).settings == self.settings:
                 for line in lines:
-                    kept = typed(_Kept, load_json(line))  # the first that is not whole ends it
+                    kept = _read(_Kept, line)  # the first that is not whole ends it
                     values = {field.name: getattr(kept, field.name) for field in dataclasses.fields(Record)}
                     found.append((Record(**values), kept.seconds))
         return found
@@ -182,4 +208,16 @@ class _Kept(Record):
 
 def _line(record: Record, seconds: float | None = None) -> str:
     document = dataclasses.asdict(record) | ({} if seconds is None else {"seconds": seconds})
+    if record.samples is None:
+        del document["samples"]
     return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read(kind: type, line: str) -> Any:
+    """Record, or kind of one, in a line; raises `ValueError` where it is none."""
+    document = load_json(line)
+    if isinstance(document, dict) and isinstance(samples := document.get("samples"), list):
+        if not samples:
+            raise ValueError("samples is empty")
+        document["samples"] = [typed(Sample, sample) for sample in samples]
+    return typed(kind, document)

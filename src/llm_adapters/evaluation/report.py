@@ -90,5 +90,17 @@ def _article(record: Record) -> str:
         f'<article class="{_outcome(record)}">\n<h3>Question {escape(str(record.index))}</h3>\n'
         f"<pre>{escape(record.question)}</pre>\n<h3>Output</h3>\n<pre>{escape(record.output)}</pre>\n{note}"
         f"<dl><dt>Extracted</dt><dd>{escape(answer)}</dd><dt>Gold</dt><dd>{escape(record.label)}</dd></dl>\n"
-        f"<details><summary>Prompt</summary><pre>{escape(record.prompt)}</pre></details>\n</article>\n"
+        f"{_samples(record)}<details><summary>Prompt</summary><pre>{escape(record.prompt)}</pre></details>\n</article>\n"
     )
+
+
+def _samples(record: Record) -> str:
+    if record.samples is None:
+        return ""
+    outputs = "".join(
+        f"<p>{number}: {'right' if sample.correct else 'wrong'}, {escape(str(sample.extracted))}</p>"
+        f"<pre>{escape(sample.output)}</pre>"
+        for number, sample in enumerate(record.samples)
+    )
+    right = sum(sample.correct for sample in record.samples)
+    return f"<details><summary>{right} of {len(record.samples)} samples are right</summary>{outputs}</details>"

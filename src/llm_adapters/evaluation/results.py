@@ -11,6 +11,7 @@ from llm_adapters.documents import fits, typed
 from llm_adapters.errors import RequestError, shortened, unknown
 from llm_adapters.evaluation.protocols import get_protocol
 from llm_adapters.evaluation.records import JOURNALS, Record, read_records, write_records
+from llm_adapters.evaluation.samples import is_score, sampled_scores
 from llm_adapters.evaluation.statistics import Comparison, Spread, compare, spread, wilson
 from llm_adapters.files import read_json, write_json
 from llm_adapters.runs import RunFolder
@@ -41,6 +42,8 @@ class TaskResult:
         unseen: the score of the others alone.
         invariance: what `check_invariance` found.
         language: the language of the data, where the task names one: it decides how answers are read.
+        sampled: where several answers to each question were sampled, their `samples.sampled_scores`, which stand beside
+            the others in a summary. `accuracy` is then the majority vote's.
     """
 
     accuracy: float
@@ -58,6 +61,7 @@ class TaskResult:
     unseen: dict[str, Any] | None = None
     invariance: dict[str, Any] | None = None
     language: str = ""
+    sampled: dict[str, Any] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,7 +76,8 @@ class TaskResult:
     def to_dict(self) -> dict[str, Any]:
         """As the JSON document of the command line has it."""
         rates = {"tokens_per_second": self.tokens_per_second, "questions_per_second": self.questions_per_second}
-        return dataclasses.asdict(self) | {"interval": list(self.interval)} | rates
+        document = dataclasses.asdict(self) | {"interval": list(self.interval)} | rates
+        return document | (document.pop("sampled") or {})
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Evaluation:
             before = read_json(folder / SUMMARY)
         except RequestError:
             before = {}
-        fixed = ("model", "protocol", "template", "precision", "versions")
+        fixed = ("model", "protocol", "template", "precision", "versions", "sampling")
         if all(before.get(key) == document.get(key) for key in fixed):
             earlier = before.get("tasks")
             document["tasks"] = (earlier if isinstance(earlier, dict) else {}) | document["tasks"]
@@ -119,6 +124,7 @@ def summarise(records: Sequence[Record], kind: str, leakage_known: bool = False,
     """The score of `records`, of answers of `kind`, without what they cost."""
     correct = sum(record.correct for record in records)
     unseen = [record.correct for record in records if not record.seen]
+    samples = [record.samples for record in records if record.samples is not None]
     return TaskResult(
         **_score(correct, len(records)),
         kind=kind,
@@ -129,6 +135,7 @@ def summarise(records: Sequence[Record], kind: str, leakage_known: bool = False,
         tokens=sum(record.tokens for record in records),
         seen=len(records) - len(unseen) if leakage_known else None,
         unseen=_score(sum(unseen), len(unseen)) if leakage_known else None,
+        sampled=sampled_scores(samples, [record.correct for record in records]) if samples else None,
     )
 
 
@@ -182,7 +189,8 @@ def read_evaluation(folder: Path, protocol: str = "default") -> Evaluation:
             if not TASK_NAME.fullmatch(name):
                 raise ValueError(f"{shortened(name, 60)!r} is no name of a task")
             tasks[name] = typed(TaskResult, {key: value for key, value in document.items() if key in names})
-            tasks[name] = dataclasses.replace(tasks[name], interval=tuple(tasks[name].interval))
+            sampled = {key: value for key, value in document.items() if is_score(key)} or None
+            tasks[name] = dataclasses.replace(tasks[name], interval=tuple(tasks[name].interval), sampled=sampled)
             if tasks[name].kind not in KINDS:
                 raise unknown("kind of answer", tasks[name].kind, KINDS)
             if not fits((tasks[name].unseen or {"accuracy": 0}).get("accuracy"), float):

@@ -16,10 +16,12 @@ from llm_adapters.errors import RequestError
 from llm_adapters.evaluation.labels import check_labels
 from llm_adapters.evaluation.progress import EvaluationProgress, warn
 from llm_adapters.evaluation.protocols import DEFAULT_TEMPLATE, Protocol, get_protocol
-from llm_adapters.evaluation.records import Journal, Record, score
+from llm_adapters.evaluation.records import Journal, Record, score, voted
 from llm_adapters.evaluation.results import TASK_NAME, Evaluation, TaskResult, summarise
+from llm_adapters.evaluation.samples import Sample
 from llm_adapters.files import check_folder, lock, refuse_links, remove_temporaries
 from llm_adapters.generation import generator as generation
+from llm_adapters.generation.sampling_params import SamplingParams
 from llm_adapters.models import LoadedModel, context_length, load
 from llm_adapters.models.fingerprints import versions
 from llm_adapters.models.untrained import check_trained
@@ -51,6 +53,11 @@ def evaluate(
     check_invariance: int = 0,
     allow_untrained: bool = False,
     allow_other_base: bool = False,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
 ) -> Evaluation:
     """Measure a run, an adapter on a base model, or a bare base model on `tasks`.
 
@@ -70,6 +77,10 @@ def evaluate(
 
     An adapter that does nothing is refused unless `allow_untrained`; one on a base model with other weights than those
     that it was trained on, unless `allow_other_base`.
+
+    A `temperature` above 0 samples, `samples` answers to each question, from the `top_k` most probable tokens (0: all)
+    that together have the probability `top_p`. The accuracy is then that of their majority vote, and pass@k stands
+    beside it. `seed` and the prompt decide each answer. Such results are in ``eval/<protocol>-sampled/``.
 
     Under torchrun the first process measures, and the others wait for it and return the same.
 
@@ -94,6 +105,7 @@ def evaluate(
             check_invariance,
             allow_untrained,
             allow_other_base,
+            SamplingParams(temperature, top_p, top_k, samples, seed),
         )
     )
 
@@ -115,8 +127,14 @@ def _evaluate(
     check_invariance: int,
     allow_untrained: bool,
     allow_other_base: bool,
+    sampling: SamplingParams,
 ) -> Evaluation:
     rule = get_protocol(protocol)
+    if not sampling.greedy and rule.num_beams > 1:
+        raise RequestError(
+            f"the protocol {protocol!r} searches with {rule.num_beams} beams: leave the temperature out, or change "
+            "protocol."
+        )
     asked, new_tokens = rule.resolve(template, max_new_tokens)
     if asked is not None:
         get_template(asked)
@@ -146,10 +164,10 @@ def _evaluate(
     if not allow_untrained:
         check_trained(loaded.model, str(loaded.adapter))
     used, origin = _template(asked, rule, loaded)
-    settings = _Settings(rule, used, new_tokens, batch_size)
+    settings = _Settings(rule, used, new_tokens, batch_size, sampling)
     trained_on = _trained_on(loaded)
     work = [_prepare(loaded, task, examples, settings, trained_on) for task, examples in questions]
-    folder = _folder(output, loaded, protocol)
+    folder = _folder(output, loaded, settings)
     about = _about(loaded, settings, origin)
 
     with _hold(folder):
@@ -189,6 +207,7 @@ class _Settings:
     template: str
     max_new_tokens: int
     batch_size: int | None
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -256,11 +275,12 @@ def _template(asked: str | None, rule: Protocol, loaded: LoadedModel) -> tuple[s
     return DEFAULT_TEMPLATE, "default, as the adapter names none" if loaded.adapter else "default for a bare model"
 
 
-def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, protocol: str) -> Path | None:
+def _folder(output: str | os.PathLike[str] | None, loaded: LoadedModel, settings: _Settings) -> Path | None:
     place = output if output is not None else loaded.run
     if place is None:
         return None
-    folder = RunFolder(place).evaluation(protocol)
+    name = settings.protocol.name
+    folder = RunFolder(place).evaluation(name if settings.sampling.greedy else f"{name}-sampled")
     check_folder(folder, "the folder for the results")
     return folder
 
@@ -300,6 +320,7 @@ def _about(loaded: LoadedModel, settings: _Settings, origin: str) -> dict[str, A
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        **({} if settings.sampling.greedy else {"sampling": dataclasses.asdict(settings.sampling)}),
     }
 
 
@@ -323,7 +344,7 @@ def _prepare(
         ids = encode_prompt(
             loaded.tokenizer, prompt[:most] if len(prompt) > most else prompt, template=settings.template
         )
-        questions.append(_Question(index, example, prompt, ids, bool(known)))
+        questions.append(_Question(index, example, str(prompt), ids, bool(known)))
     generation.check_prompts(loaded.model, [question.ids for question in questions], settings.max_new_tokens)
     notes = check_labels(task, examples)
     if held := sum(holds_control_tokens(loaded.tokenizer, example) for example in examples):
@@ -335,7 +356,7 @@ def _digest(about: dict[str, Any], task: _Work, batch_size: int | None) -> str:
     """A fingerprint of everything that decides what is generated after a given prompt."""
     model = {key: value for key, value in about["model"].items() if key.endswith("fingerprint")}
     fixed = {key: about[key] for key in ("protocol", "template", "precision", "device", "versions")}
-    text = json.dumps([model, fixed, task.kind, batch_size], sort_keys=True)
+    text = json.dumps([model, fixed, task.kind, batch_size, about.get("sampling")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -370,45 +391,51 @@ def _measure(
             total_seconds += seconds
             bar.question(done[kept.index].correct, kept.tokens, 0.0)
     todo = [question for question in task.questions if question.index not in done]
-    for question, answer in _ask(generator, todo):
-        record = _record(task, question, answer, settings)
+    for question, answers in _ask(generator, todo, settings):
+        record, seconds = _record(task, question, answers, settings), sum(answer.seconds for answer in answers)
         done[record.index] = record
-        journal.add(record, answer.seconds)
-        bar.question(record.correct, record.tokens, answer.seconds)
-        total_seconds += answer.seconds
+        journal.add(record, seconds)
+        bar.question(record.correct, record.tokens, seconds)
+        total_seconds += seconds
     records = [done[question.index] for question in task.questions]
     size = generator.size([question.ids for question in task.questions])
     return records, {"seconds": total_seconds, "batch_size": size}
 
 
 def _ask(
-    generator: generation.Generator, questions: Sequence[_Question]
-) -> Iterator[tuple[_Question, generation.Generation]]:
-    return ((questions[at], answer) for at, answer in generator.generate([question.ids for question in questions]))
+    generator: generation.Generator, questions: Sequence[_Question], settings: _Settings
+) -> Iterator[tuple[_Question, list[generation.Generation]]]:
+    """Questions and all answers to each, as they are complete."""
+    sampling = settings.sampling
+    options = {} if sampling.greedy else dataclasses.asdict(sampling)
+    waiting: dict[int, list[generation.Generation]] = {}
+    for at, answer in generator.generate([question.ids for question in questions], **options):
+        waiting.setdefault(at, []).append(answer)
+        if len(waiting[at]) == sampling.n:
+            yield questions[at], sorted(waiting.pop(at), key=lambda one: one.sample)
 
 
-def _record(task: _Work, question: _Question, answer: generation.Generation, settings: _Settings) -> Record:
-    label = question.example.answer
-    extracted, correct = score(
-        answer.text,
-        label,
-        task.kind,
-        template=settings.template,
-        protocol=settings.protocol,
-        language=task.language,
-    )
+def _record(task: _Work, question: _Question, answers: Sequence[generation.Generation], settings: _Settings) -> Record:
+    samples = []
+    for answer in answers:
+        extracted, correct = score(
+            answer.text,
+            question.example.answer,
+            task.kind,
+            template=settings.template,
+            protocol=settings.protocol,
+            language=task.language,
+        )
+        samples.append(Sample(answer.text, extracted, correct, answer.finished, answer.computed))
+    outcome = vars(samples[0]) if settings.sampling.greedy else voted(samples, task.kind, settings.protocol)
     return Record(
         index=question.index,
         question=question.example.question,
         prompt=question.prompt,
-        output=answer.text,
-        extracted=extracted,
-        label=label,
-        correct=correct,
-        finished=answer.finished,
-        tokens=answer.computed,
-        skipped=answer.skipped,
+        label=question.example.answer,
+        skipped=answers[0].skipped,
         seen=question.seen,
+        **outcome,
     )
 
 
@@ -440,11 +467,15 @@ def _ask_again(
     count = min(count, len(possible))
     chosen = [possible[at * len(possible) // count] for at in range(count)]
     differ = flipped = 0
-    for question, answer in _ask(alone, chosen):
-        before, after = records[question.index], _record(task, question, answer, settings)
-        differ += after.output != before.output
+    for question, answers in _ask(alone, chosen, settings):
+        before, after = records[question.index], _record(task, question, answers, settings)
+        differ += _outputs(after) != _outputs(before)
         flipped += after.correct != before.correct
     return {"questions": count, "differ": differ, "flipped": flipped, "share": flipped / count if count else 0.0}
+
+
+def _outputs(record: Record) -> list[str]:
+    return [record.output] if record.samples is None else [sample.output for sample in record.samples]
 
 
 def _trained_on(loaded: LoadedModel) -> leakage.Fingerprint | None:

@@ -8,14 +8,14 @@ from statistics import NormalDist, fmean, stdev
 from llm_adapters.errors import RequestError
 
 
-def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(correct: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927; no continuity correction).
 
     With p = correct / total and z the normal quantile, the p' for which |p - p'| <= z sqrt(p'(1 - p') / total). Unlike
     p ± z·sqrt(p(1 - p)/n) it holds its level for few questions and near 0 and 1.
 
     Args:
-        correct: questions that were right.
+        correct: questions that were right; no whole number where `total` is an effective number of questions.
         total: all questions.
         confidence: the level, 0.95 for a 95 % interval.
 
@@ -37,6 +37,49 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, f
     half = z / (1 + spread) * math.sqrt(p * (1 - p) / total + spread / (4 * total))
     # At the ends rounding would leave the interval a hair beside the score itself.
     return (0.0 if correct == 0 else max(0.0, centre - half)), (1.0 if correct == total else min(1.0, centre + half))
+
+
+def mean_interval(values: Sequence[float], most: float = math.inf, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of values from 0 to 1: Wilson's, with the effective number of values.
+
+    So many questions that are either right or wrong would have the mean's variance: n p(1 - p) / s² (Franco et al.
+    2019, *Comparative study of confidence intervals for proportions in complex sample surveys*). For values that are 0
+    and 1 alone that is `wilson` itself.
+
+    Args:
+        values: one for each question, 0 to 1.
+        most: the largest effective number, for values that happen to be alike: how many outputs they come from.
+        confidence: the level, 0.95 for a 95 % interval.
+
+    Returns:
+        The interval's two ends, within 0 to 1; (0, 1) for no values.
+    """
+    if not values:
+        return 0.0, 1.0
+    count, mean = len(values), fmean(values)
+    variance, binary = fmean([(value - mean) ** 2 for value in values]), mean * (1 - mean)
+    effective = float(count) if binary <= 0 else min(count * binary / variance if variance else most, most)
+    return wilson(min(max(mean, 0.0), 1.0) * effective, effective, confidence)
+
+
+def pass_at_k(count: int, correct: int, k: int) -> float:
+    """Probability that one of `k` samples is right, estimated without bias from more (Chen et al. 2021, equation 1).
+
+    1 - C(count - correct, k) / C(count, k), as a product, which stays exact for many samples.
+
+    Args:
+        count: samples of a question.
+        correct: those that are right.
+        k: samples that are looked at.
+
+    Raises:
+        ValueError: unless ``0 <= correct <= count`` and ``1 <= k <= count``.
+    """
+    if not (0 <= correct <= count and 1 <= k <= count):
+        raise ValueError(f"pass@{k} of {correct} right among {count}")
+    if count - correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / rank for rank in range(count - correct + 1, count + 1))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

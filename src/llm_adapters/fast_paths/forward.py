@@ -18,15 +18,14 @@ def pack_arguments(pack: Pack) -> dict[str, Any]:
     """Gather what a transformers model takes for a pack, besides its ids."""
     return {
         "position_ids": pack.position_ids,
-        "attention_mask": attention.no_mask(pack.input_ids.device),
-        "pack": pack,
+        "attention_mask": attention.mask_of(pack, pack.input_ids.device),
         "use_cache": False,
     }
 
 
-def hidden_states(base: Any, pack: Pack, **kwargs: Any) -> torch.Tensor:
-    """Compute the decoder's last hidden states of a pack, (1, tokens, hidden size); `kwargs` go to the attention."""
-    return base.base_model(input_ids=pack.input_ids, **pack_arguments(pack), **kwargs).last_hidden_state
+def hidden_states(base: Any, pack: Pack) -> torch.Tensor:
+    """Compute the decoder's last hidden states of a pack, (1, tokens, hidden size)."""
+    return base.base_model(input_ids=pack.input_ids, **pack_arguments(pack)).last_hidden_state
 
 
 def causal_forward(

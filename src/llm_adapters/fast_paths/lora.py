@@ -24,9 +24,12 @@ def base_weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | 
         return None
     base: Any = layer.base_layer
     turned = is_conv1d(base)  # its weight is (in, out)
-    if not (turned or type(base) is nn.Linear) or any(p.requires_grad for p in base.parameters()):
+    if not (turned or type(base) is nn.Linear):
         return None
-    return (base.weight.t() if turned else base.weight), base.bias
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return (weight.t() if turned else weight), bias
 
 
 def forward(layer: Any, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -54,7 +57,7 @@ def active_weights(layer: Any, dtype: torch.dtype) -> tuple[Any, ...] | None:
 def _active_adapter(layer: Any) -> str | None:
     """The one active adapter of a LoRA layer; None where there are more or it is more than ``s * x A^T B^T``."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.disable_adapters or not is_plain_lora(layer, active):
+    if len(active) != 1 or layer.disable_adapters or layer.merged or not is_plain_lora_adapter(layer, active[0]):
         return None
     return active[0]
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_adapters.compat.transformers import attention_implementation, attention_is_replaceable
 from llm_adapters.errors import RequestError
 from llm_adapters.fast_paths import attention, lora, routing, trial
 from llm_adapters.fast_paths.forward import causal_forward, hidden_states
@@ -203,8 +202,8 @@ class FastPaths:
     def _logits(self, sequence: list[int]) -> torch.Tensor:
         return self.base(input_ids=self._ids(sequence), use_cache=False).logits
 
-    def _decoded(self, sequence: list[int], **kwargs: Any) -> torch.Tensor:
-        return self.base.base_model(input_ids=self._ids(sequence), use_cache=False, **kwargs).last_hidden_state
+    def _decoded(self, sequence: list[int]) -> torch.Tensor:
+        return self.base.base_model(input_ids=self._ids(sequence), use_cache=False).last_hidden_state
 
     def _traced(self, sequence: list[int]) -> trial.Trace:
         traced = trial.trace(self.base, lambda: self._decoded(sequence))
@@ -222,31 +221,39 @@ class FastPaths:
             with self._attention_replaced():
                 for number in self._adapters():
                     for sequence, probe in zip(sequences, self.probe[number], strict=True):
-                        self._decoded(sequence, recorder=probe.own.record_attention)
+                        self._record(sequence, probe.own)
                         with trial.in_float32(self.base):
-                            self._decoded(sequence, recorder=probe.reference.record_attention)
+                            self._record(sequence, probe.reference)
         except attention.Unsupported as error:
             return str(error)
         except Exception as error:  # families differ in more ways than can be listed
             return f"its forward does not take packs ({type(error).__name__})"
-        recorded = any(name.startswith("query") for name in self.probe[0][0].own.points)
-        return None if recorded else "its layers do not hand on what the attention needs to know"
+        return (
+            None if self.probe[0][0].own.has_attention else "its layers do not hand on what the attention needs to know"
+        )
+
+    def _record(self, sequence: list[int], trace: trial.Trace) -> None:
+        with attention.recording(trace.record_attention):
+            self._decoded(sequence)
+        if trace.has_attention:
+            return
+        # The family's own code tells nothing of its queries, keys and values, but what they give.
+        ids = self._ids(sequence)
+        with attention.recording(trace.record_attention):
+            hidden_states(
+                self.base, Pack(ids, torch.arange(len(sequence), device=ids.device)[None], 0, (len(sequence),))
+            )
+        trace.points |= trial.attention_outputs(self.base, lambda: self._decoded(sequence))
 
     @contextlib.contextmanager
     def _attention_replaced(self) -> Iterator[None]:
         """Have the model's attention computed by `attention`, inside."""
         patches = Patches()
         try:
-            self._replace_attention(patches)
+            attention.replace(self.base, patches)
             yield
         finally:
             patches.undo()
-
-    def _replace_attention(self, patches: Patches) -> None:
-        attention.register(patches)
-        before = attention_implementation(self.base)
-        patches.defer(lambda: self.base.set_attn_implementation(before))
-        self.base.set_attn_implementation(attention.NAME)
 
     def _try_row(
         self,
@@ -296,7 +303,7 @@ class FastPaths:
         """Turn packs with a shared prefix on; why they stay off, else None."""
         mark = len(self._patches)
         try:
-            self._replace_attention(self._patches)
+            attention.replace(self.base, self._patches)
             pack = Pack.of(sequences, prefix=trial.PREFIX, device=self.base.device)
             refused = self._mismatch_of_pack(pack)
         except attention.Unsupported as error:
@@ -311,8 +318,8 @@ class FastPaths:
         for number, probes in enumerate(self.probe):
             self.use_adapter(number, pack.tokens)
             recorded = trial.Trace()
-            run = functools.partial(hidden_states, self.base, pack, recorder=recorded.record_attention)
-            found = trial.trace(self.base, run)
+            with attention.recording(recorded.record_attention):
+                found = trial.trace(self.base, functools.partial(hidden_states, self.base, pack))
             found.points |= recorded.points
             spans = [slice(start, start + length) for start, length in zip(pack.starts, pack.lengths, strict=True)]
             parts = [part for span in spans for part in (slice(0, pack.prefix), span)]
@@ -360,9 +367,7 @@ def _unpacked_reason(model: Any, base: Any, inference: bool) -> str | None:
     """Say why packs are not even tried; None where they are. Generation keeps a learned prefix in its cache."""
     if routing.prompt_learning(model) and not (inference and routing.is_prefix_tuning(model)):
         return "the method puts tokens before the sequence"
-    if not attention_is_replaceable(base):
-        return f"{base.config.model_type} has attention code of its own"
-    return None
+    return attention.unsupported_reason(base)
 
 
 def _unrouted_reason(model: Any, names: Sequence[str]) -> str | None:

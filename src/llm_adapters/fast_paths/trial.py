@@ -292,6 +292,11 @@ class Trace:
             self.points[f"{name} {number}"] = tensor[0].transpose(0, 1).flatten(1)
         self.points[f"attention {number}"] = tensors[3][0].flatten(1)
 
+    @property
+    def has_attention(self) -> bool:
+        """True after `record_attention`."""
+        return any(name.startswith("query") for name in self.points)
+
     def mismatch(self, own: "Trace", reference: "Trace", experts: bool = False) -> str | None:
         """Compare every point that the model's `own` way has too; see `mismatch`.
 
@@ -323,6 +328,24 @@ def trace(base: Any, decoded: Callable[[], Any]) -> Trace:
             hook = functools.partial(keep, f"layer {index}")
             stack.callback(layers[index].register_forward_hook(hook).remove)
         found.points["hidden"] = decoded()[0]
+    return found
+
+
+def attention_outputs(base: Any, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Record what the output projections of the `chosen_layers` are given in `run`, by the names of
+    `Trace.record_attention`."""
+    layers, chosen = chosen_layers(base)
+    name, found = architectures.architecture_of(base).o, {}
+
+    def keep(number: int, module: nn.Module, args: Any) -> None:
+        found[f"attention {number}"] = args[0][0]
+
+    with contextlib.ExitStack() as stack:
+        for number, index in enumerate(chosen):
+            projection = architectures.submodule(layers[index], name)
+            assert projection is not None
+            stack.callback(projection.register_forward_pre_hook(functools.partial(keep, number)).remove)
+        run()
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from llm_adapters.errors import WorkError
+from llm_adapters.generation.sampling_params import SamplingParams
 
 NUM_SPECULATIVE_TOKENS = 3  # draft tokens that are proposed at a time
 NGRAM_SIZE = 3  # so many last tokens of an answer must occur in it before, for drafts to be proposed
@@ -30,12 +31,15 @@ class DecodingStrategy(Protocol):
     def grow(self, num_slots: int, max_new_tokens: int) -> None:
         """Make room for so many slots, and answers of so many tokens."""
 
-    def begin(self, slots: list[int], limits: list[int], logits: torch.Tensor) -> None:
+    def begin(
+        self, slots: list[int], limits: list[int], sampling: Sequence[SamplingParams | None], logits: torch.Tensor
+    ) -> None:
         """Take new requests.
 
         Args:
             slots: theirs.
             limits: the most new tokens of each.
+            sampling: what each says about sampling, if anything; beam search has no use for it.
             logits: (slots, vocabulary), what follows their prompts.
         """
 
@@ -98,7 +102,9 @@ class Greedy:
         self._limits += [0] * more
         self._new += [[] for _ in range(more)]
 
-    def begin(self, slots: list[int], limits: list[int], logits: torch.Tensor) -> None:
+    def begin(
+        self, slots: list[int], limits: list[int], sampling: Sequence[SamplingParams | None], logits: torch.Tensor
+    ) -> None:
         """See `DecodingStrategy`."""
         for slot, limit in zip(slots, limits, strict=True):
             self.num_tokens[slot], self._limits[slot], self._new[slot] = 0, limit, []
@@ -125,13 +131,13 @@ class Greedy:
 
     def advance(self, slots: list[int], input_tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """See `DecodingStrategy`."""
-        best, chosen = logits.max(-1)
+        rows, counts = self._rows(slots)
+        best, chosen = self._scores(slots, counts, logits).max(-1)
         require_numbers(best)
         # A token counts if all drafts before it are what the model chose, and none of them ended the answer.
         stops = torch.isin(chosen, self._stop_token_ids)
         rejected = (input_tokens[:, 1:] != chosen[:, :-1]) | stops[:, :-1]
         num_accepted = 1 + (rejected.cumsum(1) == 0).sum(1, keepdim=True)
-        rows, counts = self._rows(slots)
         self._tokens[rows, counts + torch.arange(chosen.shape[1], device=chosen.device)] = chosen
         # The one wait for the device in a step: the host must know which answers end.
         for slot, (accepted, *tokens) in zip(slots, torch.cat((num_accepted, chosen), 1).tolist(), strict=True):
@@ -147,6 +153,16 @@ class Greedy:
             stopped = bool(tokens) and tokens[-1] in self._stops
             found.append((tokens, stopped or self.num_tokens[slot] >= self._limits[slot]))
         return found
+
+    def _scores(self, slots: list[int], counts: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Scores whose largest is the next token.
+
+        Args:
+            slots: the slots.
+            counts: tokens of each, (slots, 1).
+            logits: (slots, query tokens, vocabulary), what follows each of neighbouring tokens.
+        """
+        return logits
 
     def _rows(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots and their numbers of tokens on the device, (slots, 1) each."""
@@ -214,7 +230,9 @@ class BeamSearch:
         for name in ("_scores", "_done_lengths", "_done_scores", "_done", "_ended"):
             setattr(self, name, _grown(getattr(self, name), num_slots))
 
-    def begin(self, slots: list[int], limits: list[int], logits: torch.Tensor) -> None:
+    def begin(
+        self, slots: list[int], limits: list[int], sampling: Sequence[SamplingParams | None], logits: torch.Tensor
+    ) -> None:
         """See `DecodingStrategy`."""
         for slot, limit in zip(slots, limits, strict=True):
             self.num_tokens[slot], self._limits[slot] = 0, limit

@@ -24,8 +24,10 @@ from torch import nn
 from llm_adapters.errors import RequestError, unknown
 from llm_adapters.fast_paths.routing import NO_ADAPTER
 from llm_adapters.fast_paths.session import FastPaths
-from llm_adapters.generation.decoding import BeamSearch, DecodingStrategy, Greedy
+from llm_adapters.generation.decoding import BeamSearch, DecodingStrategy
 from llm_adapters.generation.forward import forward_logits, learned_prefix
+from llm_adapters.generation.sampling import Sampling
+from llm_adapters.generation.sampling_params import SamplingParams
 from llm_adapters.ops.kv_cache import DecodeBatch, ForwardBatch, PagedCache, num_blocks
 from llm_adapters.ops.packing import Pack, common_prefix
 from llm_adapters.ops.sizes import padded_size
@@ -59,6 +61,7 @@ class _Request:
     prompt: list[int]
     adapter: int
     max_new_tokens: int
+    sampling: SamplingParams | None = None
 
     @property
     def max_len(self) -> int:
@@ -71,7 +74,7 @@ class Engine:
     Args:
         fast_paths: the model's, on, for inference, with `packs`.
         stop_token_ids: the tokens that end an answer.
-        num_beams: 1 for greedy decoding.
+        num_beams: 1 for greedy decoding and sampling, as each request says.
         max_num_seqs: the most requests that run at a time; may be changed between steps.
     """
 
@@ -82,7 +85,7 @@ class Engine:
         self._device: torch.device = fast_paths.base.device
         self._stops = frozenset(stop_token_ids)
         self._strategy: DecodingStrategy = (
-            Greedy(stop_token_ids, self._device)
+            Sampling(stop_token_ids, self._device)
             if num_beams == 1
             else BeamSearch(num_beams, stop_token_ids, self._device)
         )
@@ -113,26 +116,40 @@ class Engine:
         """True while a request is waiting or running."""
         return bool(self._running) or any(self._waiting.values())
 
-    def add(self, prompt: Sequence[int], *, adapter: str | None = None, max_new_tokens: int = 256) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: SamplingParams | None = None,
+    ) -> int:
         """Add a request; it begins in one of the next steps, after those of the same adapter that came before.
 
         Args:
             prompt: token ids.
             adapter: the name of one of the adapters that `fast_paths` was given; None for the model as it is.
             max_new_tokens: the longest answer.
+            sampling: None for greedy decoding, or beam search if it is the engine's.
 
         Returns:
             Its number.
 
         Raises:
-            RequestError: the prompt is empty, the limit below 1, or the adapter unknown.
+            RequestError: the prompt is empty, the limit below 1, or the adapter unknown; sampling with beam search, or
+                several samples in one request.
         """
         if not prompt:
             raise RequestError("the prompt is empty: a model needs a token to go on from.")
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens={max_new_tokens} is too small: give 1 or more.")
+        if sampling is not None and self._strategy.num_beams > 1:
+            raise RequestError(f"num_beams={self._strategy.num_beams}: beam search does not sample.")
+        if sampling is not None and sampling.n > 1:
+            raise RequestError(f"n={sampling.n}: add a request for each sample (`SamplingParams.sample`).")
+        sampling = None if sampling is None or sampling.greedy else sampling
         number, ids = self._adapter_number(adapter), [0] * self._num_learned + list(prompt)
-        request = _Request(next(self._ids), ids, number, max_new_tokens)
+        request = _Request(next(self._ids), ids, number, max_new_tokens, sampling)
         self._waiting[number].append(request)
         if not self._fits(request):
             self._misfits.add(request.request_id)
@@ -370,7 +387,8 @@ class Engine:
     def _begin(self, slots: list[int], logits: torch.Tensor) -> None:
         """The first token of requests whose prompts have been computed; all beams get a copy of the prompt."""
         requests = [self._running[slot] for slot in slots]
-        self._strategy.begin(slots, [request.max_new_tokens for request in requests], logits)
+        limits, sampling = [r.max_new_tokens for r in requests], [r.sampling for r in requests]
+        self._strategy.begin(slots, limits, sampling, logits)
         first = torch.tensor([self._seqs(slot)[0] for slot in slots], device=self._device)
         for beam in range(1, self._strategy.num_beams):
             for slot, request in zip(slots, requests, strict=True):

@@ -33,8 +33,7 @@ def forward_logits(fast_paths: FastPaths, batch: ForwardBatch, input_tokens: tor
     if fast_paths.route is not None:
         fast_paths.route.set(batch.adapters())
     kwargs: dict[str, Any] = {
-        "attention_mask": attention.no_mask(ids.device),
-        "forward_batch": batch,
+        "attention_mask": attention.mask_of(batch, ids.device),
         "use_cache": False,
     }
     selects = "logits_to_keep" in inspect.signature(type(base).forward).parameters

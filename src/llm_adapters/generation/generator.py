@@ -1,12 +1,11 @@
 """The one place where text is generated: prompts go in as tokens, finished answers come out, as many at a time as fit.
 
-Decoding is greedy or beam search, never sampled, and nothing that a checkpoint's own generation config asks for
-(penalties, minimum lengths, sampling) takes part, except its end-of-sequence tokens. In float32 an answer does not
-depend on its neighbours.
+Decoding is greedy, beam search or sampling, as the caller says. Nothing that a checkpoint's own generation config asks
+for (penalties, minimum lengths, sampling) takes part, except its end-of-sequence tokens. In float32 an answer does not
+depend on its neighbours, and a sampled one on nothing but the prompt, the seed and the sample's number.
 """
 
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_adapters.errors import RequestError, unknown
+from llm_adapters.generation.sampling_params import SamplingParams
 from llm_adapters.models import context_length
 from llm_adapters.models.memory import free_memory
 from llm_adapters.models.starts import check_base
@@ -39,12 +39,14 @@ class Generation:
         tokens: generated ids, without the stop token.
         finish_reason: ``"stop"`` where the model ended the answer itself, ``"length"`` where the limit of new tokens
             was met, ``"skipped"`` where the prompt was too long to be asked.
+        sample: its number among the `n` answers to the prompt, from 0.
         seconds: its share of the time since the answers before it.
     """
 
     text: str = ""
     tokens: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length", "skipped"] = "length"
+    sample: int = 0
     seconds: float = field(default=0.0, compare=False)
 
     @property
@@ -61,6 +63,17 @@ class Generation:
     def computed(self) -> int:
         """Tokens that were generated for it, the stop token counted."""
         return len(self.tokens) + self.finished
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """An answer that is asked for: one sample of one prompt."""
+
+    index: int
+    sample: int
+    prompt: Sequence[int]
+    adapter: str | None
+    sampling: SamplingParams | None
 
 
 class Generator:
@@ -149,6 +162,12 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         on_token: Callable[[int, int], None] | None = None,
         adapter_names: Sequence[str] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        n: int = 1,
+        seed: int = 0,
     ) -> Iterator[tuple[int, Generation]]:
         """Generate after each prompt; yields (index of the prompt, `Generation`) as answers end, long prompts first (of
         several adapters, each one's).
@@ -161,31 +180,54 @@ class Generator:
             on_token: called with a prompt's index and a token of its answer as soon as it is there, for streaming;
                 with transformers' `generate` and with beams, when the answer has ended.
             adapter_names: which of the `adapters` answers each prompt, where there are some.
+            temperature: what logits are divided by before a token is drawn; 0 draws nothing (greedy, or the beams).
+            top_p: draw only from the most probable tokens that together have this probability.
+            top_k: draw only from so many most probable tokens; 0 for all.
+            n: answers to each prompt, numbered by `Generation.sample`.
+            seed: of the random numbers. The same seed gives the same answers to a prompt, whatever else is asked.
 
         Raises:
-            RequestError: as `check_prompts` does; a name that is none of the `adapters`, not one for each prompt, or
-                the own engine does not take these adapters.
+            RequestError: as `check_prompts` and `SamplingParams` do; a name that is none of the `adapters`, not one for
+                each prompt, or the own engine does not take these adapters; sampling with beams; `on_token` with
+                several answers to a prompt.
             WorkError: the model's logits are not numbers.
         """
         if self.adapters is not None and self._fast_paths is None:
             raise RequestError(f"these adapters cannot answer in one batch: {self.report.get('reason', 'closed')}.")
         check_names(adapter_names, self.adapters, len(prompts))
+        params = SamplingParams(temperature, top_p, top_k, n, seed)
+        if not params.greedy and self.num_beams > 1:
+            raise RequestError(f"temperature={temperature} with num_beams={self.num_beams}: beams are not sampled.")
+        if on_token is not None and n > 1:
+            raise RequestError(f"on_token cannot tell {n} answers to a prompt apart: ask for one.")
         skipped = check_prompts(self.model, prompts, self.max_new_tokens)
-        yield from ((index, Generation(finish_reason="skipped")) for index in sorted(skipped))
-        left = [index for index in range(len(prompts)) if index not in skipped]
-        if not left:
+        for index in sorted(skipped):
+            yield from ((index, Generation(finish_reason="skipped", sample=sample)) for sample in range(n))
+        requests = [
+            _Request(
+                index,
+                sample,
+                prompt,
+                adapter_names[index] if adapter_names is not None else None,
+                None if params.greedy else params.sample(prompt, sample),
+            )
+            for index, prompt in enumerate(prompts)
+            if index not in skipped
+            for sample in range(n)
+        ]
+        if not requests:
             return
-        size, answer = self.size([prompts[index] for index in left]), self._by_transformers
-        if self._fast_paths is not None:
-            answer = functools.partial(self._by_engine, adapter_names=adapter_names)
+        size = self.size([request.prompt for request in requests])
+        answer = self._by_transformers if self._fast_paths is None else self._by_engine
+        left = dict.fromkeys(requests)
         while left:
-            started, asked = time.perf_counter(), list(left)
+            started = time.perf_counter()
             try:
-                for ended in answer(prompts, asked, size, on_token):
+                for ended in answer(list(left), size, on_token):
                     share = (time.perf_counter() - started) / len(ended)
-                    for index, tokens in ended:
-                        left.remove(index)
-                        yield index, self._generation(tokens, share)
+                    for request, tokens in ended:
+                        del left[request]
+                        yield request.index, self._generation(tokens, request.sample, share)
                     started = time.perf_counter()
             except Exception as error:
                 if size == 1 or not _out_of_memory(error):
@@ -206,14 +248,9 @@ class Generator:
         return choose_batch_size(self.model, lengths, self.max_new_tokens, self.num_beams, largest, held)
 
     def _by_engine(
-        self,
-        prompts: Sequence[Sequence[int]],
-        asked: list[int],
-        size: int,
-        on_token: Callable[[int, int], None] | None,
-        adapter_names: Sequence[str] | None,
-    ) -> Iterator[list[tuple[int, list[int]]]]:
-        """Answers of the engine: lists of (index of the prompt, tokens with the stop token) as answers end."""
+        self, asked: list[_Request], size: int, on_token: Callable[[int, int], None] | None
+    ) -> Iterator[list[tuple[_Request, list[int]]]]:
+        """Answers of the engine: lists of (request, tokens with the stop token) as answers end."""
         from llm_adapters.generation.engine import Engine
         from llm_adapters.ops.packing import common_prefix
 
@@ -223,60 +260,62 @@ class Generator:
         engine = self._engine
         engine.max_num_seqs = size
         if len(asked) > 1:  # of a single prompt nobody knows what others will begin with
-            engine.set_prefix(prompts[asked[0]][: common_prefix([prompts[index] for index in asked])])
-        requests: dict[int, int] = {}
-        answers: dict[int, list[int]] = {index: [] for index in asked}
+            prompts = [request.prompt for request in asked]
+            engine.set_prefix(prompts[0][: common_prefix(prompts)])
+        requests: dict[int, _Request] = {}
+        answers: dict[int, list[int]] = {}
         try:
-            for index in sorted(asked, key=lambda i: (len(prompts[i]), i), reverse=True):
-                adapter = adapter_names[index] if adapter_names is not None else None
-                requests[engine.add(prompts[index], adapter=adapter, max_new_tokens=self.max_new_tokens)] = index
+            for request in sorted(asked, key=lambda r: (len(r.prompt), r.index), reverse=True):
+                number = engine.add(
+                    request.prompt,
+                    adapter=request.adapter,
+                    max_new_tokens=self.max_new_tokens,
+                    sampling=request.sampling,
+                )
+                requests[number], answers[number] = request, []
             while engine.has_unfinished:
                 outputs = engine.step()
                 for output in outputs:
-                    index = requests[output.request_id]
-                    answers[index] += output.token_ids
+                    answers[output.request_id] += output.token_ids
                     if on_token is not None:
                         for token in output.token_ids:
-                            on_token(index, token)
-                ended = [requests[output.request_id] for output in outputs if output.finish_reason]
+                            on_token(requests[output.request_id].index, token)
+                ended = [output.request_id for output in outputs if output.finish_reason]
                 if ended:
-                    yield [(index, answers.pop(index)) for index in ended]
+                    yield [(requests[number], answers.pop(number)) for number in ended]
         finally:
-            for request in requests:
-                engine.cancel(request)
+            for number in requests:
+                engine.cancel(number)
 
     def _by_transformers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        asked: list[int],
-        size: int,
-        on_token: Callable[[int, int], None] | None,
-    ) -> Iterator[list[tuple[int, list[int]]]]:
+        self, asked: list[_Request], size: int, on_token: Callable[[int, int], None] | None
+    ) -> Iterator[list[tuple[_Request, list[int]]]]:
         """The same of transformers' `generate`, in padded batches of prompts of about the same length."""
         from llm_adapters.generation.padded import generate_batch
 
-        order = sorted(asked, key=lambda index: len(prompts[index]), reverse=True)
+        order = sorted(asked, key=lambda request: len(request.prompt), reverse=True)
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
             answers = generate_batch(
                 self.model,
-                [prompts[index] for index in batch],
+                [request.prompt for request in batch],
                 pad=self.tokenizer.pad_token_id,
                 stop_token_ids=self.stop_token_ids,
                 max_new_tokens=self.max_new_tokens,
                 num_beams=self.num_beams,
+                sampling=[request.sampling for request in batch],
             )
             ended = list(zip(batch, answers, strict=True))
             if on_token is not None:
-                for index, tokens in ended:
+                for request, tokens in ended:
                     for token in tokens:
-                        on_token(index, token)
+                        on_token(request.index, token)
             yield ended
 
-    def _generation(self, tokens: list[int], seconds: float) -> Generation:
+    def _generation(self, tokens: list[int], sample: int, seconds: float) -> Generation:
         stopped = bool(tokens) and tokens[-1] in self.stop_token_ids
         kept = tokens[:-1] if stopped else tokens
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(text, tuple(kept), "stop" if stopped else "length", seconds)
+        return Generation(text, tuple(kept), "stop" if stopped else "length", sample, seconds)
 
 
 def generate(
@@ -284,6 +323,12 @@ def generate(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     adapter_names: Sequence[str] | None = None,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    n: int = 1,
+    seed: int = 0,
     **options: Any,
 ) -> Iterator[tuple[int, Generation]]:
     """`Generator.generate` with a `Generator` for this once; `options` are its.
@@ -294,14 +339,20 @@ def generate(
         prompts: token ids.
         adapter_names: for each prompt the adapter of a `PeftModel` that answers it, ``"__base__"`` for none of them.
             Several answer in one batch, unmerged, where that can be; else one adapter after the other.
+        temperature: as of `Generator.generate`, like the next four.
+        top_p: likewise.
+        top_k: likewise.
+        n: likewise.
+        seed: likewise.
         options: as of `Generator`.
 
     Raises:
         RequestError: a name that the model does not have, or not one for each prompt; and as `Generator.generate`.
     """
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "n": n, "seed": seed}
     if adapter_names is None:
         with Generator(model, tokenizer, **options) as generator:
-            yield from generator.generate(prompts)
+            yield from generator.generate(prompts, **sampling)
         return
     from llm_adapters.fast_paths.routing import using
 
@@ -310,13 +361,13 @@ def generate(
     if len(names) > 1:
         with Generator(model, tokenizer, adapters=names, **options) as generator:
             if generator.report["engine"] == "own":
-                yield from generator.generate(prompts, adapter_names=adapter_names)
+                yield from generator.generate(prompts, adapter_names=adapter_names, **sampling)
                 return
             logger.info("one adapter after the other: %s", generator.report["reason"])
     for name in names:
         asked = [index for index, other in enumerate(adapter_names) if other == name]
         with using(model, name), Generator(model, tokenizer, **options) as generator:
-            for at, generation in generator.generate([prompts[index] for index in asked]):
+            for at, generation in generator.generate([prompts[index] for index in asked], **sampling):
                 yield asked[at], generation
 
 

@@ -12,6 +12,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from llm_adapters.fast_paths.routing import prompt_learning
 from llm_adapters.generation.decoding import require_numbers
+from llm_adapters.generation.sampling import with_noise
+from llm_adapters.generation.sampling_params import SamplingParams
 
 
 @torch.inference_mode()
@@ -23,6 +25,7 @@ def generate_batch(
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
     num_beams: int,
+    sampling: Sequence[SamplingParams | None] = (),
 ) -> list[list[int]]:
     """Generate after each of `prompts`.
 
@@ -32,7 +35,8 @@ def generate_batch(
         pad: the token to pad with.
         stop_token_ids: the tokens that end an answer.
         max_new_tokens: the longest answer.
-        num_beams: 1 for greedy decoding.
+        num_beams: 1 for greedy decoding, and for sampling.
+        sampling: of each prompt, None for greedy decoding; none where nothing is sampled.
 
     Returns:
         New tokens for each prompt, the stop token included where there is one.
@@ -48,7 +52,8 @@ def generate_batch(
         eos_token_id=list(stop_token_ids),
     )
     generator, inputs = _inputs(model, ids, mask)
-    sequences = generator.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([_numbers]))
+    processors = LogitsProcessorList([_numbers, *([_Sampled(sampling)] if any(sampling) else [])])
+    sequences = generator.generate(**inputs, generation_config=config, logits_processor=processors)
     given = 0 if "inputs_embeds" in inputs else longest
     rows = []
     for sequence in sequences[:, given:].tolist():
@@ -75,6 +80,18 @@ def _inputs(model: Any, ids: "torch.Tensor", mask: "torch.Tensor") -> "tuple[Any
         embeddings[row, start - virtual : start] = learned[row]
         longer[row, start - virtual : start] = 1
     return model.get_base_model(), {"inputs_embeds": embeddings, "attention_mask": longer}
+
+
+class _Sampled:
+    """The engine's sampling as a logits processor of a greedy `generate`, which calls it once for each token."""
+
+    def __init__(self, sampling: Sequence[SamplingParams | None]) -> None:
+        self._sampling, self._step = sampling, 0
+
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.full((len(scores), 1), self._step, device=scores.device)
+        self._step += 1
+        return with_noise(self._sampling, counts, scores[:, None])[:, 0]
 
 
 def _numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

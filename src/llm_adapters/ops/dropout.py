@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from llm_adapters.ops.backends import function
+from llm_adapters.ops.hashing import hash32
 
-_BITS = 0xFFFFFFFF
 _SEEDS = 256  # drawn at once
 
 _drawn = threading.local()  # seeds by device, while they are drawn together
@@ -66,16 +66,11 @@ def threshold(p: float) -> int:
 def keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """True for the entries of `x` that are kept, bool, the shape of `x`.
 
-    MurmurHash3's last mixing step of the entry's number, with the seed's lower half before and its upper half within
-    it. int64 holds the 32-bit numbers; what products have beyond is cut off.
+    The hash is `hash32` of the entry's number; its 32 bits are compared as a number without sign.
     """
-    h = torch.arange(x.numel(), device=x.device)
-    h.add_(seed & _BITS).bitwise_and_(_BITS)
-    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(_BITS)
-    h.bitwise_xor_(seed >> 32)
-    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(_BITS)
-    h.bitwise_xor_(h >> 16)
-    return (h >= threshold(p)).view(x.shape)
+    numbers = torch.arange(x.numel(), device=x.device).to(torch.int32)  # beyond 2^31 they go on below 0
+    bits = hash32(numbers, seed).bitwise_xor_(-(2**31))
+    return (bits >= threshold(p) - 2**31).view(x.shape)
 
 
 def apply(x: torch.Tensor, seed: torch.Tensor, p: float, scale: float = 1.0) -> torch.Tensor:

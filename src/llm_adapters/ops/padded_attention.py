@@ -13,6 +13,7 @@ The rows of a batch are, for a bucket of segments, `padded_length` rows of each 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -24,27 +25,45 @@ from llm_adapters.ops.packing import CausalMask, LengthBucket
 BLOCK = 512  # rows; a longer segment is attended to in blocks of so many
 
 
+class Scores(NamedTuple):
+    """The scores that a family's attention gives to keys: ``cap(scale * query . key) + slope * distance``.
+
+    Attributes:
+        scale: the factor on the products.
+        window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
+        alibi_slopes: (num_heads,), float32: the slope of each head (Press et al. 2022); the distance is the key's
+            position less the query's, 0 or less. None for no such term.
+        softcap: ``cap(x) = softcap * tanh(x / softcap)``; None for no cap.
+    """
+
+    scale: float
+    window: int | None = None
+    alibi_slopes: torch.Tensor | None = None
+    softcap: float | None = None
+
+
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: CausalMask
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: CausalMask, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``softmax(query key^T) value`` of what is visible, and the probabilities where there is one block.
+    """``softmax(scores) value`` of what is visible, and the probabilities where there is one block.
 
     Args:
         query: as in this module's drawing, scaled.
         key: likewise; `value` has the same rows.
         value: see `key`.
-        mask: of the bucket.
+        mask: of the bucket, with the window of `scores`.
+        scores: what they are beside the scale.
 
     Returns:
         The rows of `query`, with the head size of `value`; probabilities (batch, rows, columns), or None.
     """
     length = mask.padded_length
     if length <= BLOCK:
-        probs = _probabilities(query, key, mask, slice(0, length))
+        probs = _probabilities(query, key, mask, slice(0, length), scores)
         return torch.bmm(probs, value), probs
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     for rows, visible in _blocks(mask):
-        probs = _probabilities(_row_block(query, rows, length), key[:, visible], mask, rows)
+        probs = _probabilities(_row_block(query, rows, length), key[:, visible], mask, rows, scores)
         found = torch.bmm(probs, value[:, visible])
         out.unflatten(1, (-1, length))[:, :, rows] = found.unflatten(1, (-1, rows.stop - rows.start))
     return out, None
@@ -56,38 +75,62 @@ def attend_backward(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: CausalMask,
+    scores: Scores,
     probs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value; `grad` has the shape of `attend`'s result, `probs` as it gives them."""
     if probs is not None:
-        return _gradients(grad, query, key, value, probs)
+        return _gradients(grad, query, key, value, probs, scores.softcap)
     length = mask.padded_length
     d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for rows, visible in _blocks(mask):
         q_block, k_block = _row_block(query, rows, length), key[:, visible]
-        probs = _probabilities(q_block, k_block, mask, rows)
-        dq, dk, dv = _gradients(_row_block(grad, rows, length), q_block, k_block, value[:, visible], probs)
+        probs = _probabilities(q_block, k_block, mask, rows, scores)
+        d_block = _row_block(grad, rows, length)
+        dq, dk, dv = _gradients(d_block, q_block, k_block, value[:, visible], probs, scores.softcap)
         d_query.unflatten(1, (-1, length))[:, :, rows] = dq.unflatten(1, (-1, rows.stop - rows.start))
         d_key[:, visible] += dk
         d_value[:, visible] += dv
     return d_query, d_key, d_value
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: CausalMask, rows: slice) -> torch.Tensor:
+def _probabilities(
+    query: torch.Tensor, key: torch.Tensor, mask: CausalMask, rows: slice, scores: Scores
+) -> torch.Tensor:
     """The softmax of the scores of some `rows` of all segments over the columns `key`, (batch, rows, columns)."""
-    scores = torch.bmm(query, key.transpose(1, 2), out=empty(query, *query.shape[:2], key.shape[1]))
-    by_segment = scores.view(len(mask.lengths), -1, rows.stop - rows.start, key.shape[1])
+    products = torch.bmm(query, key.transpose(1, 2), out=empty(query, *query.shape[:2], key.shape[1]))
+    by_segment = products.view(len(mask.lengths), -1, rows.stop - rows.start, key.shape[1])
     if kernel := function("masked_softmax_", by_segment):
-        kernel(by_segment, mask.lengths, mask.prefix, rows.start, mask.window)
-        return scores
-    by_segment.add_(mask.bias(scores.dtype)[:, None, rows, : key.shape[1]])
-    return torch.softmax(scores, -1)
+        kernel(by_segment, mask.lengths, mask.prefix, rows.start, mask.window, *scores[2:])
+        return products
+    if scores.softcap is not None:
+        by_segment.div_(scores.softcap).tanh_().mul_(scores.softcap)
+    by_segment.add_(mask.bias(products.dtype)[:, None, rows, : key.shape[1]])
+    if scores.alibi_slopes is not None:
+        by_segment.add_(alibi(mask, scores.alibi_slopes, products.dtype)[:, rows, : key.shape[1]])
+    return torch.softmax(products, -1)
+
+
+def alibi(mask: CausalMask, slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The linear bias of every segment of `mask`, (num_heads, padded_length, prefix + padded_length)."""
+
+    def make() -> torch.Tensor:
+        columns = torch.arange(mask.prefix + mask.padded_length, device=slopes.device)
+        distance = columns - columns[mask.prefix :, None]
+        return (slopes[:, None, None] * distance).to(dtype)
+
+    return mask.cached(("alibi", slopes, dtype), make)
 
 
 def _gradients(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, probs: torch.Tensor
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    probs: torch.Tensor,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of ``softmax(query key^T + bias) value``, each tensor (batch, rows, head_dim).
+    """The gradients of ``softmax(cap(query key^T) + bias) value``, each tensor (batch, rows, head_dim).
 
     A batched product whose first factor is a transposed view is ten times slower on a CPU, so the narrow factor is
     copied in its transposed order and not the wide one.
@@ -98,6 +141,9 @@ def _gradients(
         kernel(d_scores, probs)
     else:
         d_scores = compat.softmax_backward(d_scores, probs)
+    if softcap is not None:  # the derivative of the cap is 1 - tanh^2
+        capped = torch.bmm(query, key.transpose(1, 2)).div_(softcap).tanh_()
+        d_scores.addcmul_(d_scores, capped.square_(), value=-1)
     d_key = torch.bmm(query.transpose(1, 2).contiguous(), d_scores).transpose(1, 2)
     return torch.bmm(d_scores, key), d_key.contiguous(), d_value.contiguous()
 

@@ -8,11 +8,13 @@ one product for all rows of an adapter.
 import functools
 
 import torch
+from torch import nn
 
 from llm_adapters.ops import padded_attention
 from llm_adapters.ops.backends import function
 from llm_adapters.ops.kv_cache import BLOCK_SIZE, BLOCK_STEP, NULL_BLOCK, DecodeBatch, ForwardBatch, PagedCache, store
 from llm_adapters.ops.packing import LengthBucket, additive
+from llm_adapters.ops.padded_attention import Scores
 from llm_adapters.ops.sizes import padded_size
 
 
@@ -23,7 +25,9 @@ def cached_attention(
     value: torch.Tensor,
     batch: ForwardBatch,
     scale: float,
-    window: int | None,
+    window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of a forward's row, whose keys and values are stored in the batch's cache.
 
@@ -33,12 +37,15 @@ def cached_attention(
         key: (key-value heads, tokens, head_dim).
         value: (key-value heads, tokens, head_dim).
         batch: the row.
-        scale: the factor on the scores.
-        window: a token sees no more than so many tokens; None for all before it.
+        scale: see `Scores`.
+        window: see `Scores`.
+        alibi_slopes: see `Scores`.
+        softcap: see `Scores`.
 
     Returns:
         (tokens, heads, head_dim).
     """
+    scores = Scores(scale, window, alibi_slopes, softcap)
     num_heads, tokens, _ = query.shape
     out = query.new_empty(tokens, num_heads, value.shape[-1])
     prefix = batch.cache.prefix_of(layer, batch.adapter)  # before `store`, which may add to it
@@ -46,13 +53,13 @@ def cached_attention(
     start = 0
     for decode in batch.decodes:
         rows = slice(start, start + decode.positions.numel())
-        out[rows] = decode_attention(layer, query[:, rows], batch.cache, decode, scale, window)
+        out[rows] = decode_attention(layer, query[:, rows], batch.cache, decode, scores)
         start = rows.stop
     if batch.prefills is not None:
         query, key, value = (part[:, start:] for part in (query, key, value))
         if prefix is not None:
             key, value = (torch.cat(pair, 1) for pair in zip(prefix, (key, value), strict=True))
-        _prefill_attention(query, key, value, batch, scale, window, out[start:])
+        _prefill_attention(query, key, value, batch, scores, out[start:])
     return out
 
 
@@ -61,21 +68,20 @@ def _prefill_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     batch: ForwardBatch,
-    scale: float,
-    window: int | None,
+    scores: Scores,
     out: torch.Tensor,
 ) -> None:
     """The prompts of a batch; `key` and `value` begin with the shared prefix; `out` is (tokens, heads, head_dim)."""
     pack = batch.prefills
     assert pack is not None
     (num_heads, _, head_dim), num_kv_heads = query.shape, len(key)
-    flat = (query.transpose(0, 1) * scale).reshape(-1, head_dim)
+    flat = (query.transpose(0, 1) * scores.scale).reshape(-1, head_dim)
     for number, bucket in enumerate(pack.buckets):
         make = functools.partial(_query_index, bucket, num_heads, num_kv_heads)
         index = batch.cached(("queries", number, num_heads, num_kv_heads), make)
         queries = flat.index_select(0, index).view(len(bucket.lengths) * num_kv_heads, -1, head_dim)
         keys, values = (padded_attention.with_prefix(part, bucket) for part in (key, value))
-        found, _ = padded_attention.attend(queries, keys, values, bucket.causal_mask(window))
+        found, _ = padded_attention.attend(queries, keys, values, bucket.causal_mask(scores.window), scores)
         padded_attention.scatter(found, bucket, out[bucket.start - pack.prefix : bucket.end - pack.prefix])
     out[pack.end - pack.prefix :] = 0
 
@@ -86,7 +92,7 @@ def _query_index(bucket: LengthBucket, num_heads: int, num_kv_heads: int) -> tor
 
 
 def decode_attention(
-    layer: int, query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, scale: float, window: int | None
+    layer: int, query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, scores: Scores
 ) -> torch.Tensor:
     """Attention of tokens over what their sequences hold, themselves included.
 
@@ -95,8 +101,7 @@ def decode_attention(
         query: (heads, tokens, head_dim).
         cache: where their keys and values are stored already.
         batch: the tokens.
-        scale: the factor on the scores.
-        window: a token sees no more than so many tokens.
+        scores: the family's.
 
     Returns:
         (tokens, heads, head_dim).
@@ -104,12 +109,12 @@ def decode_attention(
     keys, values = cache.layers[layer]
     if kernel := function("paged_attention", query, keys, values):
         places = batch.adapter_ids, cache.block_table, batch.seq_ids, batch.positions
-        return kernel(query.transpose(0, 1), keys, values, cache.prefixes_of(layer), *places, scale, window)
-    return _decode_reference(layer, query, cache, batch, scale, window)
+        return kernel(query.transpose(0, 1), keys, values, cache.prefixes_of(layer), *places, *scores)
+    return _decode_reference(layer, query, cache, batch, scores)
 
 
 def _decode_reference(
-    layer: int, query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, scale: float, window: int | None
+    layer: int, query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, scores: Scores
 ) -> torch.Tensor:
     """`decode_attention` in plain torch. It waits for no device, and loops over nothing but adapters.
 
@@ -127,27 +132,29 @@ def _decode_reference(
     prefix, columns = cache.prefix, max_blocks * BLOCK_SIZE
     # (sequences, heads * query tokens * head_dim): heads before tokens, so that the query heads of a key-value head,
     # with all their tokens, are the rows of one product.
-    queries = (query.unflatten(1, (count, num_query_tokens)).transpose(0, 1) * scale).reshape(count, -1)
-    bias = _attn_bias(batch, cache, window, query.dtype)
+    queries = (query.unflatten(1, (count, num_query_tokens)).transpose(0, 1) * scores.scale).reshape(count, -1)
+    bias = _attn_bias(batch, cache, scores, query.dtype)
     # Columns: the sequence's own tokens, block by block, then the shared prefix. Zeros, as a shorter sequence does not
     # have all the blocks; the bias hides them.
-    scores = queries.new_zeros(count + 1, num_heads * num_query_tokens, bias.shape[-1])
-    by_block = scores[:, :, :columns].unflatten(-1, (max_blocks, BLOCK_SIZE))
+    products = queries.new_zeros(count + 1, num_heads * num_query_tokens, bias.shape[-1])
+    by_block = products[:, :, :columns].unflatten(-1, (max_blocks, BLOCK_SIZE))
 
     # Scores of the blocks. A block of nobody takes the last sequence's queries: its results go to the row after it.
     kept_owner = batch.cached("kept_owner", lambda: owner.clamp(max=count - 1))
     block_queries = queries.index_select(0, kept_owner).view(num_owned * num_kv_heads, -1, head_dim)
-    products = torch.bmm(block_queries, keys.flatten(0, 1).transpose(1, 2))
-    by_block[owner, :, index] = products.view(num_owned, -1, BLOCK_SIZE)
+    of_blocks = torch.bmm(block_queries, keys.flatten(0, 1).transpose(1, 2))
+    by_block[owner, :, index] = of_blocks.view(num_owned, -1, BLOCK_SIZE)
     # Scores of the prefix: for each adapter one product with the rows of all its sequences,
     # (key-value heads, sequences * heads of each * query tokens, head_dim).
     prefixes = [(rows, pair) for adapter, rows in _by_adapter(batch) if (pair := cache.prefix_of(layer, adapter))]
     for rows, (prefix_keys, _) in prefixes:
         shared = queries[rows].view(len(rows), num_kv_heads, -1, head_dim).transpose(0, 1)
         found = torch.bmm(shared.reshape(num_kv_heads, -1, head_dim), prefix_keys.transpose(1, 2))
-        scores[rows, :, columns:] = found.view(num_kv_heads, len(rows), -1, prefix).transpose(0, 1).flatten(1, 2)
-    scores.unflatten(1, (num_heads, num_query_tokens)).add_(bias)
-    probabilities = torch.softmax(scores, -1)
+        products[rows, :, columns:] = found.view(num_kv_heads, len(rows), -1, prefix).transpose(0, 1).flatten(1, 2)
+    if scores.softcap is not None:
+        products.div_(scores.softcap).tanh_().mul_(scores.softcap)
+    products.unflatten(1, (num_heads, num_query_tokens)).add_(bias)
+    probabilities = torch.softmax(products, -1)
 
     # Values of the blocks, and their sum over the blocks of each sequence: through a table, as sums that are added by
     # index come in any order on a GPU.
@@ -204,11 +211,13 @@ def _by_adapter(batch: DecodeBatch) -> list[tuple[int, torch.Tensor]]:
     return batch.cached("by_adapter", make)
 
 
-def _attn_bias(batch: DecodeBatch, cache: PagedCache, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+def _attn_bias(batch: DecodeBatch, cache: PagedCache, scores: Scores, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask, (sequences + 1, 1, query tokens, columns), 0 where a token may look; the last row is nobody's.
 
-    The columns are those of the sequence's blocks in their order, and then of the shared prefix.
+    The columns are those of the sequence's blocks in their order, and then of the shared prefix. With a linear bias in
+    it, it has a second dimension of all heads.
     """
+    _, window, slopes, _ = scores
 
     def make() -> torch.Tensor:
         prefix, own = cache.prefix, _visible_blocks(batch, cache)[3] * BLOCK_SIZE
@@ -218,6 +227,10 @@ def _attn_bias(batch: DecodeBatch, cache: PagedCache, window: int | None, dtype:
         if window is not None:
             visible &= distance < window
         visible[..., 0] |= ~batch.valid  # a token that is dropped sees something, so that its softmax is a number
-        return additive(torch.cat((visible, visible.new_ones(1, *visible.shape[1:]))), dtype)[:, None]
+        mask = additive(torch.cat((visible, visible.new_ones(1, *visible.shape[1:]))), dtype)[:, None]
+        if slopes is None:
+            return mask
+        distance = nn.functional.pad(distance, (0, 0, 0, 0, 0, 1))[:, None]  # nobody's row, too
+        return mask - (slopes[:, None, None] * distance).to(dtype)
 
-    return batch.cached(("attn_bias", window, dtype), make)
+    return batch.cached(("attn_bias", window, slopes, dtype), make)

@@ -13,6 +13,8 @@ from llm_adapters.ops.backends import for_tensor, function
 from llm_adapters.ops.cpu.allocator import empty
 from llm_adapters.ops.packing import CausalMask, LengthBucket, Pack
 from llm_adapters.ops.padded_attention import (
+    Scores,
+    alibi,
     attend,
     attend_backward,
     by_kv_head,
@@ -31,22 +33,21 @@ class _VarlenAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         pack: Pack,
-        scale: float,
-        window: int | None,
+        scores: Scores,
     ) -> torch.Tensor:
         ctx.backend = for_tensor(query) if function("varlen_attention", query, value) else None
         if ctx.backend is not None:
             rows = [part.transpose(0, 1).contiguous() for part in (query, key, value)]
             # Nothing of the probabilities is kept but each row's log-sum-exp.
-            out, lse = ctx.backend.varlen_attention(*rows, *_segments(pack), scale, window)
+            out, lse = ctx.backend.varlen_attention(*rows, *_segments(pack), *scores)
             out[pack.end :] = 0
             saved: list[Any] = [*rows, lse]
         else:
-            out, probs = _forward(query, key, value, pack, scale, window)
+            out, probs = _forward(query, key, value, pack, scores)
             saved = [query, key, value, *probs]
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*saved)
-            ctx.pack, ctx.scale, ctx.window = pack, scale, window
+            ctx.pack, ctx.scores = pack, scores
         return out
 
     @staticmethod
@@ -56,10 +57,10 @@ class _VarlenAttention(torch.autograd.Function):
         (grad,) = gradients  # (tokens, num_heads, head_dim)
         if ctx.backend is not None:
             tables = ctx.pack.cu_seqlens, *probs, ctx.pack.prefix, ctx.pack.max_seqlen
-            found = ctx.backend.varlen_attention_backward(grad, query, key, value, *tables, ctx.scale, ctx.window)
+            found = ctx.backend.varlen_attention_backward(grad, query, key, value, *tables, *ctx.scores)
         else:
-            found = _backward(grad.transpose(0, 1), query, key, value, ctx.pack, ctx.scale, ctx.window, probs)
-        return *(part.transpose(0, 1) for part in found), None, None, None
+            found = _backward(grad.transpose(0, 1), query, key, value, ctx.pack, ctx.scores, probs)
+        return *(part.transpose(0, 1) for part in found), None, None
 
 
 def _segments(pack: Pack) -> tuple[torch.Tensor, int, int]:
@@ -67,22 +68,22 @@ def _segments(pack: Pack) -> tuple[torch.Tensor, int, int]:
 
 
 def _forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scale: float, window: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scores: Scores
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """The result, (tokens, num_heads, head_dim), and the probabilities of each bucket and, if any, of the prefix."""
     num_heads, tokens, _ = query.shape
     out, probs = empty(query, tokens, num_heads, value.shape[-1]), []
     for bucket in pack.buckets:
-        queries = gather(query, bucket, len(key)).mul_(scale)
+        queries = gather(query, bucket, len(key)).mul_(scores.scale)
         keys, values = with_prefix(key, bucket), with_prefix(value, bucket)
-        found, own_probs = attend(queries, keys, values, bucket.causal_mask(window))
+        found, own_probs = attend(queries, keys, values, bucket.causal_mask(scores.window), scores)
         probs.append(own_probs)
         scatter(found, bucket, out[bucket.start : bucket.end])
     out[pack.end :] = 0
     if pack.prefix:
         own = slice(0, pack.prefix)
-        queries = by_kv_head(query[:, own], len(key)) * scale
-        found, own_probs = attend(queries, key[:, own], value[:, own], pack.causal_mask(window))
+        queries = by_kv_head(query[:, own], len(key)) * scores.scale
+        found, own_probs = attend(queries, key[:, own], value[:, own], pack.causal_mask(scores.window), scores)
         probs.append(own_probs)
         out[own] = found.view(num_heads, pack.prefix, -1).transpose(0, 1)
     return out, probs
@@ -94,12 +95,11 @@ def _backward(
     key: torch.Tensor,
     value: torch.Tensor,
     pack: Pack,
-    scale: float,
-    window: int | None,
+    scores: Scores,
     probs: list[torch.Tensor | None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, (tokens, heads, head_dim) each; the others (heads, tokens, head_dim)."""
-    prefix, num_kv_heads = pack.prefix, len(key)
+    prefix, num_kv_heads, scale = pack.prefix, len(key), scores.scale
     # (tokens, heads, head_dim), as the projections have it.
     d_query, d_key, d_value = (empty(t, t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
     for part in (d_query, d_key, d_value):
@@ -111,7 +111,8 @@ def _backward(
             by_kv_head(query[:, own], num_kv_heads) * scale,
             key[:, own],
             value[:, own],
-            pack.causal_mask(window),
+            pack.causal_mask(scores.window),
+            scores,
             probs[-1],
         )
         d_query[own] = dq.mul_(scale).view(len(query), prefix, -1).transpose(0, 1)
@@ -126,7 +127,8 @@ def _backward(
             gather(query, bucket, num_kv_heads).mul_(scale),
             with_prefix(key, bucket),
             with_prefix(value, bucket),
-            bucket.causal_mask(window),
+            bucket.causal_mask(scores.window),
+            scores,
             own_probs,
         )
         scatter(dq.mul_(scale), bucket, d_query[bucket.start : bucket.end])
@@ -143,22 +145,25 @@ def _with_dropout(
     key: torch.Tensor,
     value: torch.Tensor,
     pack: Pack,
-    scale: float,
-    window: int | None,
+    scores: Scores,
     p: float,
 ) -> torch.Tensor:
     """The same with dropout and with autograd's own backward pass, for the older families that drop here."""
 
     def drop_and_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: CausalMask) -> torch.Tensor:
-        bias = mask.bias(query.dtype)
-        scores = torch.bmm(query, key.transpose(1, 2)) * scale
-        scores = (scores.view(len(bias), -1, *bias.shape[1:]) + bias[:, None]).view_as(scores)
-        return torch.bmm(nn.functional.dropout(torch.softmax(scores, -1), p), value)
+        bias = mask.bias(query.dtype)[:, None]
+        if scores.alibi_slopes is not None:
+            bias = bias + alibi(mask, scores.alibi_slopes, query.dtype)
+        products = torch.bmm(query, key.transpose(1, 2)) * scores.scale
+        if scores.softcap is not None:
+            products = torch.tanh(products / scores.softcap) * scores.softcap
+        products = (products.view(len(bias), -1, *bias.shape[2:]) + bias).view_as(products)
+        return torch.bmm(nn.functional.dropout(torch.softmax(products, -1), p), value)
 
     def of_bucket(bucket: LengthBucket) -> torch.Tensor:
         queries = gather(query, bucket, len(key))
         found = drop_and_attend(
-            queries, with_prefix(key, bucket), with_prefix(value, bucket), bucket.causal_mask(window)
+            queries, with_prefix(key, bucket), with_prefix(value, bucket), bucket.causal_mask(scores.window)
         )
         return segment_rows(found, bucket, len(query)).view(-1, len(query), found.shape[-1])
 
@@ -166,7 +171,7 @@ def _with_dropout(
     if pack.prefix:
         own = slice(0, pack.prefix)
         queries = by_kv_head(query[:, own], len(key))
-        first = drop_and_attend(queries, key[:, own], value[:, own], pack.causal_mask(window))
+        first = drop_and_attend(queries, key[:, own], value[:, own], pack.causal_mask(scores.window))
         parts.append(first.view(len(query), pack.prefix, -1).transpose(0, 1))
     parts += [of_bucket(bucket) for bucket in pack.buckets]
     return torch.cat((*parts, parts[0].new_zeros(pack.tokens - pack.end, *parts[0].shape[1:])))
@@ -180,6 +185,8 @@ def varlen_attention(
     scale: float,
     window: int | None = None,
     dropout: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of every segment of `pack` over the shared prefix and itself.
 
@@ -188,9 +195,11 @@ def varlen_attention(
         key: (num_kv_heads, tokens, head_dim); `value` likewise, perhaps of another head size.
         value: see `key`.
         pack: the pack that the tokens are of.
-        scale: the factor on the scores.
-        window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
+        scale: see `Scores`.
+        window: see `Scores`.
         dropout: probability of dropping an entry of the attention's probabilities.
+        alibi_slopes: see `Scores`.
+        softcap: see `Scores`.
 
     Returns:
         (tokens, num_heads, head_dim); for padding zeros, or where a backend computes it, the attention of itself.
@@ -201,8 +210,9 @@ def varlen_attention(
     for part in (query, key, value):
         if part.shape[1] != pack.tokens:
             raise ValueError(f"{part.shape[1]} tokens of a pack of {pack.tokens}")
+    scores = Scores(scale, window, alibi_slopes, softcap)
     if dropout:
-        return _with_dropout(query, key, value, pack, scale, window, dropout)
-    if kernel := function("packed_attention", query, value, window):  # a backend's own, with its own gradient
-        return kernel(query, key, value, pack, scale, window)
-    return _VarlenAttention.apply(query, key, value, pack, scale, window)
+        return _with_dropout(query, key, value, pack, scores, dropout)
+    if kernel := function("packed_attention", query, value, scores):  # a backend's own, with its own gradient
+        return kernel(query, key, value, pack, scores)
+    return _VarlenAttention.apply(query, key, value, pack, scores)

@@ -305,9 +305,13 @@ class _Reader:
         if _empty(value):
             return example
         choices = {} if isinstance(value, str) else options.read(value, f"{self.file}, {where}: column {name!r}")
-        answer = options.label_of(example.answer, row.get(self.layout.names.get("answer", "")), choices, value)
+        names = self.layout.names
+        gold = row.get(names.get("answer", ""))
+        answer = options.label_of(example.answer, gold, choices, value)
         question = options.with_choices(example.question, value if isinstance(value, str) else choices)
-        return replace(example, question=question, answer=answer)
+        # A position is no response: the prompt shows letters.
+        is_position = isinstance(gold, int) and names.get("response") == names.get("answer")
+        return replace(example, question=question, answer=answer, response=answer if is_position else example.response)
 
     # --- what is not used
 

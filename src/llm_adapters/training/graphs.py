@@ -7,6 +7,7 @@ is captured, and what is computed without a graph, is the same to the bit.
 """
 
 import contextlib
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,8 +34,8 @@ class Capture(Protocol):
     def compute(self, function: Callable[[], None]) -> None:
         """Compute `function` as it will be captured, so that what it makes only once is made."""
 
-    def waits(self, function: Callable[[], None]) -> str | None:
-        """Compute `function`; says where the host waited for the device, which cannot be captured, or None."""
+    def obstacle(self, function: Callable[[], None]) -> str | None:
+        """Compute `function`; says what in it cannot be captured, or would be the same in every replay, or None."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture `function`, without changing anything, and return what replays it."""
@@ -61,9 +62,9 @@ class CudaCapture:
         finally:  # what is done again, where memory was used up, comes after what was begun
             current.wait_stream(self._stream)
 
-    def waits(self, function: Callable[[], None]) -> str | None:
+    def obstacle(self, function: Callable[[], None]) -> str | None:
         """See `Capture`; a capture that fails leaves torch's memory in disorder, so that it is better not tried."""
-        before = torch.cuda.get_sync_debug_mode()
+        before, drawn = torch.cuda.get_sync_debug_mode(), (random.getstate(), torch.get_rng_state())
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -72,7 +73,12 @@ class CudaCapture:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         waited = [one for one in found if "synchroniz" in str(one.message)]
-        return f"the host waits for the device ({waited[0].filename}:{waited[0].lineno})" if waited else None
+        if waited:
+            return f"the host waits for the device ({waited[0].filename}:{waited[0].lineno})"
+        # Whole modules are dropped so (PEFT's `module_dropout`, layers of OPT).
+        if random.getstate() != drawn[0] or not torch.equal(torch.get_rng_state(), drawn[1]):
+            return "the host draws random numbers"
+        return None
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """See `Capture`."""
@@ -196,7 +202,7 @@ class MicroBatchGraphs:
         if self._reason is not None or self._capture is None:
             function()
         elif self._computed == 2:  # what is made once has been made
-            if reason := self._capture.waits(function):
+            if reason := self._capture.obstacle(function):
                 self._stop(reason)
         else:
             self._capture.compute(function)

@@ -292,7 +292,9 @@ class Recorder(TrainerCallback):
     def resume(self, state: TrainerState) -> None:
         """Take over the lines up to the step of `state`."""
         if state.is_world_process_zero:
-            self.losses = [line for line in self.folder.read_log() if line["step"] <= state.global_step]
+            # A run that begins anew measures what comes before its first step again.
+            known = self.folder.read_log() if state.global_step else []
+            self.losses = [line for line in known if line["step"] <= state.global_step]
             write_text(self.folder.log, "".join(json.dumps(line) + "\n" for line in self.losses))
 
     def on_log(

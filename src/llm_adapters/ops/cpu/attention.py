@@ -23,6 +23,8 @@ def varlen_attention(
     max_seqlen: int,
     scale: float,
     window: int | None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each segment of a pack over the shared prefix and itself.
 
@@ -33,18 +35,20 @@ def varlen_attention(
         cu_seqlens: (segments + 1,), int32: where segments begin and end, the first of them the prefix.
         prefix: tokens of the shared prefix.
         max_seqlen: tokens of the longest segment that is not the prefix.
-        scale: the factor on the scores.
-        window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
+        scale: see `padded_attention.Scores`, of which the last four arguments are.
+        window: see `scale`.
+        alibi_slopes: see `scale`.
+        softcap: see `scale`.
 
     Returns:
         (tokens, num_heads, head_dim), not written beyond the last segment; and the logarithm of each row's sum of
         exponentials, (tokens, num_heads), float32.
     """
-    sizes = _attention_sizes(query, key, value, cu_seqlens, prefix)
+    sizes = _attention_sizes(query, key, value, cu_seqlens, prefix, alibi_slopes)
     out, lse = empty(query, *query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
     space = _workspace(query, prefix, max_seqlen, backward=False)
-    parts = query, key, value, cu_seqlens, out, lse
-    library_for(query).call("varlen_attention", *parts, *space, *sizes, scale, window or 0)
+    parts = query, key, value, cu_seqlens, out, lse, alibi_slopes
+    library_for(query).call("varlen_attention", *parts, *space, *sizes, window or 0, scale, softcap or 0.0)
     return out, lse
 
 
@@ -59,9 +63,11 @@ def varlen_attention_backward(
     max_seqlen: int,
     scale: float,
     window: int | None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, with their shapes; `grad` has that of the result."""
-    sizes = _attention_sizes(query, key, value, cu_seqlens, prefix)
+    sizes = _attention_sizes(query, key, value, cu_seqlens, prefix, alibi_slopes)
     check_shape("the gradient", grad, query.shape)
     check_shape("the rows' lse", lse, query.shape[:2])
     (tokens, num_heads, head_dim), num_kv_heads, segments = query.shape, key.shape[1], len(cu_seqlens) - 1
@@ -73,8 +79,8 @@ def varlen_attention_backward(
     for part in of_prefix:
         part[0] = 0  # the prefix itself sees no other prefix
     space = _workspace(query, prefix, max_seqlen, backward=True)
-    parts = grad.contiguous(), query, key, value, cu_seqlens, lse, d_query, d_key, d_value, *of_prefix
-    library_for(query).call("varlen_attention_backward", *parts, *space, *sizes, scale, window or 0)
+    parts = grad.contiguous(), query, key, value, cu_seqlens, lse, d_query, d_key, d_value, *of_prefix, alibi_slopes
+    library_for(query).call("varlen_attention_backward", *parts, *space, *sizes, window or 0, scale, softcap or 0.0)
     for part, shared in zip((d_key, d_value), of_prefix, strict=True):
         part[:prefix] += shared.sum(0)
     d_key, d_value = (part.view(tokens, num_kv_heads, -1, head_dim).sum(2) for part in (d_key, d_value))
@@ -82,13 +88,19 @@ def varlen_attention_backward(
 
 
 def _attention_sizes(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, prefix: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    prefix: int,
+    alibi_slopes: torch.Tensor | None,
 ) -> tuple[int, ...]:
     (tokens, num_heads, head_dim), num_kv_heads = query.shape, key.shape[1]
     if num_heads % num_kv_heads or head_dim % _UNIT:
         raise ValueError(f"{num_heads} heads of {head_dim} entries over {num_kv_heads} heads of keys and values")
     check_shape("the keys", key, (tokens, num_kv_heads, head_dim))
     check_shape("the values", value, (tokens, num_kv_heads, head_dim))
+    check_shape("the slopes", alibi_slopes, (num_heads,))
     if int(cu_seqlens[-1]) > tokens or int(cu_seqlens[1]) != prefix:
         raise ValueError(f"segments that end at {int(cu_seqlens[-1])} and a prefix of {prefix}, in {tokens} tokens")
     return len(cu_seqlens) - 1, prefix, num_heads, num_kv_heads, head_dim
@@ -131,6 +143,8 @@ def paged_attention(
     positions: torch.Tensor,
     scale: float,
     window: int | None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of the new tokens of some sequences over what these have in the cache, themselves included.
 
@@ -144,8 +158,10 @@ def paged_attention(
         block_table: (num_slots, max_blocks), int64: the pages of each slot in their order.
         slots: (num_seqs,), int64: the slot of each sequence, -1 for padding.
         positions: (num_seqs, num_query_tokens), int64.
-        scale: the factor on the scores.
-        window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
+        scale: see `padded_attention.Scores`, of which the last four arguments are.
+        window: see `scale`.
+        alibi_slopes: see `scale`.
+        softcap: see `scale`.
 
     Returns:
         The shape of `query`.
@@ -162,6 +178,7 @@ def paged_attention(
         check_shape("the prefix", part, (len(part), num_kv_heads, prefix, head_dim))
     for part in (adapter_ids, slots):
         check_shape("adapters or slots", part, (num_seqs,))
+    check_shape("the slopes", alibi_slopes, (num_heads,))
     query = query.contiguous()
     out = torch.empty_like(query)
     parts = (
@@ -175,7 +192,8 @@ def paged_attention(
         slots,
         positions.contiguous(),
         out,
+        alibi_slopes,
     )
     sizes = num_seqs, num_query_tokens, num_heads, num_kv_heads, head_dim, page_size, prefix, block_table.shape[1]
-    library_for(query).call("paged_attention", *parts, *sizes, scale, window or 0)
+    library_for(query).call("paged_attention", *parts, *sizes, window or 0, scale, softcap or 0.0)
     return out

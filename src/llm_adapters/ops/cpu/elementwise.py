@@ -101,7 +101,13 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
 
 
 def masked_softmax_(
-    scores: torch.Tensor, lengths: torch.Tensor, prefix: int, first_row: int, window: int | None
+    scores: torch.Tensor,
+    lengths: torch.Tensor,
+    prefix: int,
+    first_row: int,
+    window: int | None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Softmax over what each row of padded segments may see, in place.
 
@@ -111,13 +117,16 @@ def masked_softmax_(
         prefix: tokens of the shared prefix.
         first_row: the place within its segment of the first of the rows.
         window: a token sees itself and the ``window - 1`` tokens before it; None for all before it.
+        alibi_slopes: (num_heads,), float32: see `padded_attention.Scores`.
+        softcap: likewise.
     """
     segments, num_heads, rows, columns = scores.shape
     check_shape("the segments' lengths", lengths, (segments,))
+    check_shape("the slopes", alibi_slopes, (num_heads,))
     if prefix + first_row + rows > columns:
         raise ValueError(f"{rows} rows from {first_row} on see more than {columns} columns with a prefix of {prefix}")
     sizes = segments, num_heads, rows, columns, prefix, first_row, window or 0
-    library_for(scores).call("masked_softmax", scores, lengths, *sizes)
+    library_for(scores).call("masked_softmax", scores, lengths, alibi_slopes, *sizes, softcap or 0.0)
 
 
 def softmax_backward_(grad: torch.Tensor, probs: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ class _Kind(NamedTuple):
 _TENSOR = _Kind(ctypes.c_void_p, True)  # of the library's precision, as all tensors that are not named otherwise
 _MAYBE = _TENSOR._replace(optional=True)
 _F32 = _Kind(ctypes.c_void_p, True, torch.float32)
+_F32_MAYBE = _F32._replace(optional=True)
 _I64 = _Kind(ctypes.c_void_p, True, torch.int64)
 _I64_MAYBE = _I64._replace(optional=True)
 _I32 = _Kind(ctypes.c_void_p, True, torch.int32)
@@ -37,24 +38,32 @@ PROTOTYPES: dict[str, tuple[_Kind, ...]] = {
     "dropout": (_TENSOR, _TENSOR, _INT, _SEED, _THRESHOLD, _FLOAT),
     "dropout_add": (_TENSOR, _TENSOR, _INT, _SEED, _THRESHOLD),
     "rotary": (_TENSOR,) * 4 + (_INT,) * 4,
-    "masked_softmax": (_TENSOR, _I64) + (_INT,) * 7,
+    "masked_softmax": (_TENSOR, _I64, _F32_MAYBE) + (_INT,) * 7 + (_FLOAT,),
     "softmax_backward": (_TENSOR, _TENSOR, _INT, _INT),
     "cross_entropy": (_TENSOR, _I64, _F32, _INT, _INT),
     "pack_lora": (_F32, _TENSOR) + (_INT,) * 6 + (_FLOAT,),
     "lora_add": (_TENSOR, _I64_MAYBE) + (_TENSOR,) * 3 + (_INT,) * 4,
     "store_kv": (_TENSOR, _TENSOR, _I64, _I64) + (_INT,) * 4,
-    "paged_attention": (_TENSOR,) * 3 + (_MAYBE,) * 2 + (_I64,) * 4 + (_TENSOR,) + (_INT,) * 8 + (_FLOAT, _INT),
+    "paged_attention": (
+        *((_TENSOR,) * 3 + (_MAYBE,) * 2 + (_I64,) * 4),
+        *(_TENSOR, _F32_MAYBE, *(_INT,) * 9, _FLOAT, _FLOAT),
+    ),
     # Those of processors that multiply pairs of bfloat16:
     "row_tile": (),
     "linear": (_TENSOR, _TENSOR, _MAYBE, _TENSOR) + (_MAYBE,) * 3 + (_INT,) * 5 + (_SEED, _THRESHOLD, _INT),
     "grad_weight": (_TENSOR,) * 3 + (_F32,) + (_INT,) * 3 + (_SEED, _THRESHOLD, _INT, _FLOAT),
     "varlen_attention_workspace": (_INT,) * 4,
-    "varlen_attention": (_TENSOR,) * 3 + (_I32, _TENSOR, _F32, _BYTES) + (_INT,) * 7 + (_FLOAT, _INT),
+    "varlen_attention": (
+        *(_TENSOR,) * 3,
+        *(_I32, _TENSOR, _F32, _F32_MAYBE),
+        *(_BYTES, *(_INT,) * 8, _FLOAT, _FLOAT),
+    ),
     "varlen_attention_backward": (
         *(_TENSOR,) * 4,
         *(_I32, _F32),
         *(_TENSOR,) * 5,
-        *(_BYTES, *(_INT,) * 7, _FLOAT, _INT),
+        _F32_MAYBE,
+        *(_BYTES, *(_INT,) * 8, _FLOAT, _FLOAT),
     ),
 }
 _RESULTS = {"row_tile": ctypes.c_int64, "varlen_attention_workspace": ctypes.c_int64}

@@ -111,27 +111,46 @@ void rotary(const scalar_t *x, const scalar_t *cos, const scalar_t *sin, scalar_
     }
 }
 
+// A score with its cap and its linear bias, 0 for none of them; `distance` is that from the row's own place, 0 or less.
+static inline __attribute__((always_inline)) float biased_score(float score, index_t distance, float slope,
+                                                                float softcap) {
+    if (softcap) score = softcap * tanh_f32(score / softcap);
+    return slope ? score + slope * (float)distance : score;
+}
+
+// Softmax of the entries from `start` to `end`, the last of which is the row's own place.
+static inline __attribute__((always_inline)) void softmax_row(scalar_t *values, index_t start, index_t end, float slope,
+                                                              float softcap) {
+    float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (index_t i = start; i < end; i++)
+        largest = max_f32(largest, biased_score(to_float(values[i]), i + 1 - end, slope, softcap));
+#pragma omp simd reduction(+ : sum)
+    for (index_t i = start; i < end; i++)
+        sum += exp_f32(biased_score(to_float(values[i]), i + 1 - end, slope, softcap) - largest);
+    float factor = 1.0f / sum;
+#pragma omp simd
+    for (index_t i = start; i < end; i++)
+        values[i] = from_float(
+            exp_f32(biased_score(to_float(values[i]), i + 1 - end, slope, softcap) - largest) * factor);
+}
+
 // Softmax of attention scores of padded segments over what each row may see, in place; zeros elsewhere.
 // scores: (segments, num_heads, rows, columns), the rows from `first_row` of each segment on, the columns the shared
-// prefix and then the segment's own tokens; lengths: (segments,); window: 0 for none.
-void masked_softmax(scalar_t *scores, const index_t *lengths, index_t segments, index_t num_heads, index_t rows,
-                    index_t columns, index_t prefix, index_t first_row, index_t window) {
+// prefix and then the segment's own tokens; lengths: (segments,); slopes: (num_heads,), float32, or NULL: ALiBi; window,
+// softcap: 0 for none.
+void masked_softmax(scalar_t *scores, const index_t *lengths, const float *slopes, index_t segments, index_t num_heads,
+                    index_t rows, index_t columns, index_t prefix, index_t first_row, index_t window, float softcap) {
 #pragma omp parallel for schedule(static)
     for (index_t line = 0; line < segments * num_heads * rows; line++) {
         scalar_t *values = scores + line * columns;
         index_t position = first_row + line % rows, end = prefix + position + 1;
         if (position >= lengths[line / rows / num_heads]) end = 0;  // padding sees nothing
         index_t start = window && end > window ? end - window : 0;
-        float largest = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : largest)
-        for (index_t i = start; i < end; i++) largest = max_f32(largest, to_float(values[i]));
         memset(values, 0, start * sizeof(scalar_t));
         memset(values + end, 0, (columns - end) * sizeof(scalar_t));
-#pragma omp simd reduction(+ : sum)
-        for (index_t i = start; i < end; i++) sum += exp_f32(to_float(values[i]) - largest);
-        float factor = 1.0f / sum;
-#pragma omp simd
-        for (index_t i = start; i < end; i++) values[i] = from_float(exp_f32(to_float(values[i]) - largest) * factor);
+        if (!slopes && !softcap) softmax_row(values, start, end, 0, 0);  // constants, which cost nothing
+        else softmax_row(values, start, end, slopes ? slopes[line / rows % num_heads] : 0, softcap);
     }
 }
 

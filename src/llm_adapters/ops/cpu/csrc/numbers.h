@@ -67,6 +67,16 @@ static inline float exp_f32(float x) {
     return p * power;
 }
 
+// tanh, to float32's precision: by exp, and near 0, where that loses digits, by its Taylor polynomial.
+static inline float tanh_f32(float x) {
+    float z = x * x, p = 62.0f / 2835;
+    p = p * z - 17.0f / 315;
+    p = p * z + 2.0f / 15;
+    p = p * z - 1.0f / 3;
+    float near_0 = x + x * (z * p), far = 1.0f - 2.0f / (exp_f32(2.0f * x) + 1.0f);
+    return z < 0.0625f ? near_0 : far;
+}
+
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
 
 // 1 if dropout keeps entry i: a hash of i, MurmurHash3's last mixing step with a seed before and within it, is at least

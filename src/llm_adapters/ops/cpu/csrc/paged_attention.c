@@ -152,12 +152,13 @@ static void online_softmax(float *scores, index_t tokens, index_t head_dim, floa
 // query, out: (num_seqs * num_query_tokens, num_heads, head_dim); keys, values: (pages, num_kv_heads, page_size,
 // head_dim); prefix_keys, prefix_values: (adapters, num_kv_heads, prefix, head_dim), or NULL with prefix 0;
 // adapter_ids: (num_seqs,); block_table: (slots, max_blocks); slots: (num_seqs,), -1 for padding; positions: (num_seqs,
-// num_query_tokens); window: 0 for none.
+// num_query_tokens); slopes: (num_heads,), float32, or NULL: ALiBi; window, softcap: 0 for none.
 void paged_attention(const scalar_t *query, const scalar_t *keys, const scalar_t *values, const scalar_t *prefix_keys,
                      const scalar_t *prefix_values, const index_t *adapter_ids, const index_t *block_table,
-                     const index_t *slots, const index_t *positions, scalar_t *out, index_t num_seqs,
-                     index_t num_query_tokens, index_t num_heads, index_t num_kv_heads, index_t head_dim,
-                     index_t page_size, index_t prefix, index_t max_blocks, float scale, index_t window) {
+                     const index_t *slots, const index_t *positions, scalar_t *out, const float *slopes,
+                     index_t num_seqs, index_t num_query_tokens, index_t num_heads, index_t num_kv_heads,
+                     index_t head_dim, index_t page_size, index_t prefix, index_t max_blocks, index_t window,
+                     float scale, float softcap) {
     // One task has all rows that look at the same keys: each token's queries of a group of heads.
     index_t group_size = num_heads / num_kv_heads, rows = num_query_tokens * group_size;
     index_t page_entries = page_size * head_dim;
@@ -201,6 +202,15 @@ void paged_attention(const scalar_t *query, const scalar_t *keys, const scalar_t
             for (index_t row = 0; row < rows; row++) {
                 index_t visible = seq_positions[row / group_size] + 1 - first, hidden = window ? visible - window : 0;
                 float *row_scores = scores + row * page_size;
+                float slope = slopes ? slopes[kv_head * group_size + row % group_size] : 0;
+                if (softcap)
+#pragma omp simd
+                    for (index_t token = 0; token < tokens; token++)
+                        row_scores[token] = softcap * tanh_f32(row_scores[token] / softcap);
+                if (slope)
+#pragma omp simd
+                    for (index_t token = 0; token < tokens; token++)
+                        row_scores[token] += slope * (float)(token + 1 - visible);
                 for (index_t token = visible < 0 ? 0 : visible; token < tokens; token++) row_scores[token] = -INFINITY;
                 for (index_t token = 0; token < hidden && token < tokens; token++) row_scores[token] = -INFINITY;
                 online_softmax(row_scores, tokens, head_dim, largest + row, sums + row, value_sums + row * head_dim);

@@ -19,15 +19,17 @@
 // One head of a segment: where it is in the pack, and what its rows may see, in whole column tiles.
 typedef struct {
     index_t segment, start, rows, prefix, columns, head, kv_head, num_heads, num_kv_heads, head_dim, window;
+    float scale, slope, softcap; // of its scores, slope and cap 0 for none
 } Task;
 
 static Task task_of(index_t number, const int32_t *cu_seqlens, index_t prefix, index_t num_heads, index_t num_kv_heads,
-                    index_t head_dim, index_t window) {
+                    index_t head_dim, float scale, index_t window, const float *slopes, float softcap) {
     index_t segment = number / num_heads, head = number % num_heads, start = cu_seqlens[segment];
     index_t rows = cu_seqlens[segment + 1] - start, before = segment ? prefix : 0;
     return (Task){.segment = segment, .start = start, .rows = rows, .prefix = before,
                   .columns = round_up(rows + before, NR), .head = head, .kv_head = head / (num_heads / num_kv_heads),
-                  .num_heads = num_heads, .num_kv_heads = num_kv_heads, .head_dim = head_dim, .window = window};
+                  .num_heads = num_heads, .num_kv_heads = num_kv_heads, .head_dim = head_dim, .window = window,
+                  .scale = scale, .slope = slopes ? slopes[head] : 0, .softcap = softcap};
 }
 
 // The first column that a row sees; the last one is its own.
@@ -67,7 +69,7 @@ typedef struct {
     scalar_t *q_tile, *q_packed, *do_tile, *do_packed;         // (bank, head_dim)
     scalar_t *probs, *probs_pairs, *dscores, *dscores_pairs;   // (bank, columns)
     float *dk_sums, *dv_sums;                                  // (columns, head_dim), and a row tile more
-    float *scores, *dprobs;                                    // (MR, columns)
+    float *scores, *dprobs, *cap_slopes;                       // (MR, columns)
 } BackwardSpace;
 
 static index_t carve_backward(char *workspace, index_t rows, index_t columns, index_t head_dim, BackwardSpace *s) {
@@ -84,7 +86,7 @@ static index_t carve_backward(char *workspace, index_t rows, index_t columns, in
     s->probs = carve(&next, square), s->probs_pairs = carve(&next, pairs);
     s->dscores = carve(&next, square), s->dscores_pairs = carve(&next, pairs);
     s->dk_sums = carve(&next, sums), s->dv_sums = carve(&next, sums);
-    s->scores = carve(&next, strip), s->dprobs = carve(&next, strip);
+    s->scores = carve(&next, strip), s->dprobs = carve(&next, strip), s->cap_slopes = carve(&next, strip);
     return next - workspace;
 }
 
@@ -200,16 +202,37 @@ static void tile_add_transposed(const Task *t, const scalar_t *row_pairs, const 
 
 // --- forward and backward
 
+// The cap and the linear bias of a row's scores, which are not scaled yet, from `start` to `end`, the last of them the
+// row's own place. `cap_slopes`: the derivative of each capped score, NULL where nobody asks.
+static inline void bias_scores(const Task *t, float *scores, index_t start, index_t end, float *cap_slopes) {
+    if (t->softcap) {
+        float to_cap = t->scale / t->softcap;
+#pragma omp simd
+        for (index_t j = start; j < end; j++) scores[j] = tanh_f32(scores[j] * to_cap);
+        if (cap_slopes)
+#pragma omp simd
+            for (index_t j = start; j < end; j++) cap_slopes[j] = 1.0f - scores[j] * scores[j];
+#pragma omp simd
+        for (index_t j = start; j < end; j++) scores[j] *= t->softcap / t->scale;
+    }
+    if (t->slope) {
+        float slope = t->slope / t->scale;
+#pragma omp simd
+        for (index_t j = start; j < end; j++) scores[j] += slope * (float)(j + 1 - end);
+    }
+}
+
 // query, out: (tokens, num_heads, head_dim); key, value: (tokens, num_kv_heads, head_dim); head_dim a multiple of 32;
 // cu_seqlens: (segments + 1,), int32, where segments begin and end, the first of them the shared prefix, of `prefix`
-// tokens; lse: (tokens, num_heads), float32; workspace: num_threads * thread_bytes; window: 0 for none.
+// tokens; lse: (tokens, num_heads), float32; slopes: (num_heads,), float32, or NULL: ALiBi; workspace: num_threads *
+// thread_bytes; window, softcap: 0 for none.
 void varlen_attention(const scalar_t *query, const scalar_t *key, const scalar_t *value, const int32_t *cu_seqlens,
-                      scalar_t *out, float *lse, char *workspace, index_t thread_bytes, index_t num_threads,
-                      index_t segments, index_t prefix, index_t num_heads, index_t num_kv_heads, index_t head_dim,
-                      float scale, index_t window) {
+                      scalar_t *out, float *lse, const float *slopes, char *workspace, index_t thread_bytes,
+                      index_t num_threads, index_t segments, index_t prefix, index_t num_heads, index_t num_kv_heads,
+                      index_t head_dim, index_t window, float scale, float softcap) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
     for (index_t number = 0; number < segments * num_heads; number++) {
-        Task t = task_of(number, cu_seqlens, prefix, num_heads, num_kv_heads, head_dim, window);
+        Task t = task_of(number, cu_seqlens, prefix, num_heads, num_kv_heads, head_dim, scale, window, slopes, softcap);
         index_t row_stride = num_heads * head_dim;
         ForwardSpace s;
         carve_forward(workspace + omp_get_thread_num() * thread_bytes, t.columns, head_dim, &s);
@@ -225,10 +248,11 @@ void varlen_attention(const scalar_t *query, const scalar_t *key, const scalar_t
             tile_scores(&t, s.q_tile, s.k_packed, first, last, s.scores);
             memset(s.probs, 0, MR * t.columns * sizeof(scalar_t)); // what a row does not see weighs nothing
             for (index_t i = 0; i < count; i++) {
-                const float *scores = s.scores + i * t.columns;
+                float *scores = s.scores + i * t.columns;
                 scalar_t *probs = s.probs + i * t.columns;
                 index_t start = first_visible(&t, row + i), end = t.prefix + row + i + 1;
                 float largest = -INFINITY, sum = 0;
+                bias_scores(&t, scores, start, end, NULL);
 #pragma omp simd reduction(max : largest)
                 for (index_t j = start; j < end; j++) largest = max_f32(largest, scores[j]);
 #pragma omp simd reduction(+ : sum)
@@ -248,15 +272,16 @@ void varlen_attention(const scalar_t *query, const scalar_t *key, const scalar_t
 // Softmax and its gradient for `count` rows from `row` on, whose row `bank_row` in the bank it is: scores and dprobs of
 // a row tile become probs and dscores = probs * (dprobs - sum of probs * dprobs), which are rounded.
 static inline void tile_softmax_backward(const Task *t, const BackwardSpace *s, index_t row, index_t bank_row,
-                                         index_t count, const float *lse, float scale) {
+                                         index_t count, const float *lse) {
     for (index_t i = 0; i < count; i++) {
         index_t start = first_visible(t, row + i), end = t->prefix + row + i + 1;
         float *p = s->scores + i * t->columns, *dp = s->dprobs + i * t->columns, mean = 0;
         float row_lse = lse[(t->start + row + i) * t->num_heads + t->head];
         scalar_t *probs = s->probs + (bank_row + i) * t->columns, *dscores = s->dscores + (bank_row + i) * t->columns;
+        bias_scores(t, p, start, end, s->cap_slopes);
 #pragma omp simd reduction(+ : mean)
         for (index_t j = start; j < end; j++) {
-            p[j] = exp_f32(p[j] * scale - row_lse);
+            p[j] = exp_f32(p[j] * t->scale - row_lse);
             mean += p[j] * dp[j];
         }
 #pragma omp simd
@@ -264,6 +289,10 @@ static inline void tile_softmax_backward(const Task *t, const BackwardSpace *s, 
             probs[j] = from_float(p[j]);
             dscores[j] = from_float(p[j] * (dp[j] - mean));
         }
+        if (t->softcap)
+#pragma omp simd
+            for (index_t j = start; j < end; j++)
+                dscores[j] = from_float(p[j] * (dp[j] - mean) * s->cap_slopes[j]);
     }
 }
 
@@ -273,12 +302,13 @@ static inline void tile_softmax_backward(const Task *t, const BackwardSpace *s, 
 // each segment's share of the gradients of the prefix. The others as above.
 void varlen_attention_backward(const scalar_t *grad, const scalar_t *query, const scalar_t *key, const scalar_t *value,
                                const int32_t *cu_seqlens, const float *lse, scalar_t *d_query, scalar_t *d_key,
-                               scalar_t *d_value, scalar_t *prefix_d_key, scalar_t *prefix_d_value, char *workspace,
-                               index_t thread_bytes, index_t num_threads, index_t segments, index_t prefix,
-                               index_t num_heads, index_t num_kv_heads, index_t head_dim, float scale, index_t window) {
+                               scalar_t *d_value, scalar_t *prefix_d_key, scalar_t *prefix_d_value,
+                               const float *slopes, char *workspace, index_t thread_bytes, index_t num_threads,
+                               index_t segments, index_t prefix, index_t num_heads, index_t num_kv_heads,
+                               index_t head_dim, index_t window, float scale, float softcap) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
     for (index_t number = 0; number < segments * num_heads; number++) {
-        Task t = task_of(number, cu_seqlens, prefix, num_heads, num_kv_heads, head_dim, window);
+        Task t = task_of(number, cu_seqlens, prefix, num_heads, num_kv_heads, head_dim, scale, window, slopes, softcap);
         index_t row_stride = num_heads * head_dim, sums_bytes = (t.columns + MR) * head_dim * sizeof(float);
         float factors[MR];
         for (index_t i = 0; i < MR; i++) factors[i] = scale;
@@ -306,7 +336,7 @@ void varlen_attention_backward(const scalar_t *grad, const scalar_t *query, cons
                 index_t last = round_up(t.prefix + bank + row + count, NR);
                 tile_scores(&t, s.q_tile + row * head_dim, s.k_packed, first, last, s.scores);
                 tile_scores(&t, s.do_tile + row * head_dim, s.v_packed, first, last, s.dprobs);
-                tile_softmax_backward(&t, &s, bank + row, row, count, lse, scale);
+                tile_softmax_backward(&t, &s, bank + row, row, count, lse);
                 tile_values(&t, s.dscores + row * t.columns, s.k_rows_packed, first, last, factors,
                             d_query + at + row * row_stride, count, row_stride);
             }
