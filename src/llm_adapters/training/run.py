@@ -156,11 +156,6 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
         check_method(row.name, row.peft_type)
         quantization.require()
     check_optimizer(recipe.training.optimizer)
-    if recipe.model.dtype == "float16":
-        raise RequestError(
-            "model.dtype is float16, in which the gradients of many layers vanish: train in bfloat16, or in float32 "
-            "where the hardware has no bfloat16 (auto chooses between them). Evaluation takes float16"
-        )
     _check_trackers(recipe)
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
