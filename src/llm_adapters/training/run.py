@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llm_adapters import methods, processes
+from llm_adapters import architectures, methods, processes
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import LOCK, refuse_links, write_json, write_text
@@ -168,6 +168,7 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
     seed, context = recipe.training.seed, context_length(base.model)
     data = prepare(examples, base.tokenizer, recipe.data, seed, context, embeddings)
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
+    _check_effect(config, base.model)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
     model = insert(base.model, config)
     _check_trainable(model)
@@ -221,6 +222,21 @@ def _begin(run: RunFolder, recipe: Recipe, base: LoadedModel, data: TrainingData
     write_text(run.config, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
     write_json(run.begun, begun)
     return begun
+
+
+def _check_effect(config: Any, model: Any) -> None:
+    """See that no option leaves an adapter without effect, or is obeyed in part."""
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name in ("lora_alpha", "alpha", "scaling") and value == 0:
+            raise RequestError(f"adapter.options.{name} is 0, which takes away all effect of the adapter")
+        if "dropout" in name and not 0 <= value < 1:
+            raise RequestError(f"adapter.options.{name} is {value}: a probability from 0 to below 1 is allowed")
+    if config.is_prompt_learning and config.num_virtual_tokens < 1:
+        raise RequestError(f"adapter.options.num_virtual_tokens is {config.num_virtual_tokens}: it must be at least 1")
+    if config.is_prompt_learning and config.num_layers != (own := architectures.text_config(model).num_hidden_layers):
+        raise RequestError(f"adapter.options.num_layers is {config.num_layers}, and the model has {own}: leave it out")
 
 
 def _check_trainable(model: "PeftModel") -> None:
