@@ -74,3 +74,45 @@ def test_a_task_that_does_not_exist_is_told_before_anything_is_trained(model: Pa
 def test_what_cannot_name_a_model(value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm_adapters.evaluate(value, **TASKS)
+
+
+def test_a_run_that_was_killed_in_its_evaluation_goes_on_with_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_adapters.evaluation.records import Journal
+
+    class Killed(BaseException):
+        pass
+
+    document = recipe(model, evaluation=TASKS)
+    whole = llm_adapters.train(document, tmp_path / "whole", progress=False)
+    added = Journal.add
+
+    def add(self: Journal, *record: Any) -> None:
+        added(self, *record)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "add", add)
+        with pytest.raises(Killed):
+            llm_adapters.train(document, tmp_path / "cut", progress=False)
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # killed before it was deleted, too
+    (tmp_path / "cut" / "eval" / "default" / ".summary.json.abcd1234.tmp").touch()
+    run = llm_adapters.train(document, tmp_path / "cut", progress=False)
+    assert run.manifest["final_loss"] == whole.manifest["final_loss"]
+    assert run.log[-1]["step"] == whole.log[-1]["step"]
+    results = [
+        {file.relative_to(it.folder): file.read_text() for file in it.folder.rglob("eval/default/*.jsonl")}
+        for it in (run, whole)
+    ]
+    assert results[0] == results[1]
+    names = [sorted(file.relative_to(it.folder) for file in it.folder.rglob("*")) for it in (run, whole)]
+    assert names[0] == names[1]
+    with pytest.raises(RequestError, match="already holds a finished run"):
+        llm_adapters.train(document, tmp_path / "cut", progress=False)
+
+
+def test_an_unknown_task_is_told_before_the_training(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="wordproblem"):
+        llm_adapters.train(recipe(model, evaluation={"tasks": ["wordproblem"]}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

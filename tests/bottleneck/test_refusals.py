@@ -34,7 +34,7 @@ def refused(match: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 # --- values of the configuration
 
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"insertion": "serial"}, "unknown insertion 'serial': choose one of after, before, parallel, series"),
+    ({"insertion": "serial"}, "unknown insertion 'serial': choose one of series, after, before, parallel"),
     ({"insertion": None}, "unknown insertion 'None'"),
     ({"insertion": {}}, "insertion is an empty mapping"),
     ({"insertion": {"up_proj": "beside"}}, "unknown insertion 'beside'"),

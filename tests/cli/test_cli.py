@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one sentence per mistake, and whole programs on a tiny model."""
 
+import io
 import json
 import subprocess
 import sys
@@ -241,6 +242,21 @@ def test_chat_answers_until_the_input_ends(model: Path) -> None:
     done = subprocess.run(words, input="What is 2 plus 2?\nAnd 3?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
+
+
+def test_chat_draws_anew_for_a_question_that_is_asked_again(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*options: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 plus 2?\n" * 3))
+        assert main(["chat", str(model), "--template", "plain", "--max-new-tokens", "6", *options]) == 0
+        return capsys.readouterr().out.split("\n")[:3]
+
+    drawn = told("--temperature", "2", "--top-k", "50", "--seed", "7")
+    assert len(set(drawn)) == 3
+    assert told("--temperature", "2", "--top-k", "50", "--seed", "8")[:2] == drawn[1:]
+    assert main(["chat", str(model), "--top-k", "50"]) == 2
+    assert "do nothing at temperature 0" in capsys.readouterr().err
 
 
 def test_the_quick_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ def test_records_with_samples_on_disk(base, task, tmp_path, scripted):
     [
         ({"samples": 4}, "4 samples at temperature 0 would all be the same"),
         ({"seed": 4}, "do nothing at temperature 0"),
-        ({"samples": 0, "temperature": 1.0}, "0 samples are too few"),
+        ({"samples": 0, "temperature": 1.0}, "0 samples cannot be asked for"),
         ({"temperature": -1.0}, "temperature=-1.0 is no temperature"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5 is no probability"),
         ({"temperature": 1.0, "protocol": "paper"}, "the protocol 'paper' searches with 4 beams"),

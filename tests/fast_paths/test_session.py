@@ -29,8 +29,6 @@ from llm_adapters.ops.linear import is_fast
 from llm_adapters.ops.padded_attention import BLOCK
 from llm_adapters.training.collator import Collator
 
-# Families whose attention cannot take packs, each with the reason that is reported.
-UNPACKED: dict[str, str] = {}
 WINDOWS = {"mistral": {"sliding_window": 12}, "gemma2": {"sliding_window": 12}, "gpt_neo": {"window_size": 12}}
 # What makes heads as large as kernels want them.
 _LLAMA = {
@@ -54,6 +52,7 @@ def fast_loss(fast: FastPaths, chosen: list, **limits: object) -> torch.Tensor:
     return sum((fast.model(**micro.arguments())["loss"] for micro in micro_batches), torch.zeros(()))
 
 
+@pytest.mark.proves("packs")
 @pytest.mark.parametrize("method", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_plain_model(family: str, method: str) -> None:
@@ -65,6 +64,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: str, method: st
         exact = copy.deepcopy(model).double()  # float32's own gradients are up to 5e-6 from the truth
         expected = gradients(exact, plain_loss(exact, chosen))
     with FastPaths(model) as fast:
+        assert fast.report["packing"] == fast.report["shared prefix"] == ON
         loss = fast_loss(fast, chosen)
         found = gradients(model, loss)
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
@@ -84,16 +84,6 @@ def test_adapters_of_the_attention_take_part(family: str, method: str) -> None:
         found = gradients(model, loss)
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     assert_same(found, expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_on_and_why_the_rest_is_not(family: str) -> None:
-    model = adapted(family, "series")
-    with FastPaths(model) as fast:
-        if family in UNPACKED:
-            assert UNPACKED[family] in fast.report["packing"]
-        else:
-            assert fast.report["packing"] == fast.report["shared prefix"] == ON
 
 
 @pytest.mark.parametrize("family", NAMED)

@@ -152,6 +152,7 @@ def test_answers_of_many_blocks_and_prompts_that_begin_alike(family, num_beams, 
         assert [answers[index].tokens for index in range(len(prompts))] == expected
 
 
+@pytest.mark.proves("engine")
 @pytest.mark.parametrize("method", ["series", "parallel", "lora"])
 @pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
 def test_adapters_on_the_engine_equal_transformers(family, method):
@@ -227,6 +228,7 @@ def test_learned_prompts_stand_right_before_the_padded_prompt(family, method):
         assert (generator.report["engine"] == "own") == (method == "prefix")
 
 
+@pytest.mark.proves("engine", method="prefix")
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
 def test_a_learned_prefix_before_prompts_that_begin_alike(family, num_beams):

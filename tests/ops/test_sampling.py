@@ -117,10 +117,16 @@ def test_a_draw_depends_on_nothing_around_it():
     torch.testing.assert_close(together[:1], sampled_scores(logits[:1], seeds[:1], steps[:1], temperature[:1]))
 
 
-def test_no_temperature_is_too_small_and_nan_stays():
+def test_no_temperature_is_too_small_or_large_and_nan_stays():
     logits = some_logits(50, 100.0)
     for temperature in (1e-5, 1e-30, 1e-60):
         assert draw(logits, number(1), number(0), temperature)[0] == logits.argmax()
+    logits[4] = -torch.inf
+    for temperature in (1e30, 1e60):  # all alike but what is impossible
+        seen = draw(logits, torch.arange(2000)[:, None], number(0), temperature).bincount(minlength=50)
+        assert seen[4] == 0
+        assert stats.chisquare(seen[seen > 0].numpy()).pvalue > LEAST_P
+        assert (seen > 0).sum() == 49
     logits[3] = torch.nan
     assert sampled_scores(logits[None], number(1), number(0), number(1.0)).max().isnan()
     options = number(5), number(0.5).double()

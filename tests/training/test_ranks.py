@@ -26,8 +26,8 @@ def run(recipe: dict[str, Any], folder: Path, processes: int) -> Path:
     return output
 
 
-def launch(processes: int, *command: Path) -> str:
-    """What so many processes of a script print."""
+def launch(processes: int, *command: Path | str) -> str:
+    """What so many processes of a script, or of a module after ``-m``, print."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -75,6 +75,35 @@ def test_processes_give_the_adapter_of_one(family: str, processes: int, tmp_path
         assert second[key] == pytest.approx(first[key], abs=1e-6)
     assert second["data"] == first["data"]
     assert {p.name for p in more.iterdir()} == {p.name for p in one.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_command_line_does_and_shows_everything_once(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    (tmp_path / "test.jsonl").write_text('{"question": "What is 3 + 4?", "answer": "7"}\n' * 3)
+    (tmp_path / "sums.yaml").write_text("title: sums\nkind: number\nfile: test.jsonl\n")
+    recipe = {
+        "model": {"name": str(model), "dtype": "float32", "device": "cpu"},
+        "adapter": {"method": "lora", "options": {"r": 4, "lora_dropout": 0.0}},
+        "data": {"train": "wordproblems-train", "template": "plain", "limit": 8, "max_length": 256},
+        "training": {"epochs": 1, "batch_size": 8, "warmup": 0},
+        "evaluation": {"tasks": [str(tmp_path / "sums.yaml")], "max_new_tokens": 8},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["-m", "llm_adapters.cli", "train", tmp_path / "recipe.yaml", "--json", "--output"]
+    one, two = (json.loads(launch(count, *command, tmp_path / f"run{count}")) for count in (1, 2))
+    assert two["evaluation"]["tasks"]["sums"]["total"] == 3
+    assert two["hardware"]["processes"] == 2
+    records = [(tmp_path / f"run{count}/eval/default/sums.jsonl").read_text() for count in (1, 2)]
+    assert records[0] == records[1]
+    assert one.keys() == two.keys()
+    measured = launch(
+        2, "-m", "llm_adapters.cli", "evaluate", tmp_path / "run1", "--tasks", tmp_path / "sums.yaml",
+        "--max-new-tokens", "8", "--output", tmp_path / "again", "--json", "--html",
+    )  # fmt: skip
+    assert json.loads(measured)["tasks"]["sums"]["total"] == 3
+    assert (tmp_path / "again/eval/default/sums.jsonl").read_text() == records[0]
+    assert (tmp_path / "again/eval/default/errors.html").is_file()
 
 
 @pytest.mark.slow

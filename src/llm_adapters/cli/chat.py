@@ -1,10 +1,11 @@
 """`llm-adapters chat`: a conversation in the terminal, with a base model, an adapter or a run."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
 
-from llm_adapters.compat.jsonargparse import Count
+from llm_adapters.compat.jsonargparse import Count, NotNegative, Positive, Seed
 from llm_adapters.errors import harmless
 from llm_adapters.tasks.templates import TemplateName
 
@@ -15,6 +16,10 @@ def chat(
     adapter: Path | None = None,
     template: TemplateName | None = None,
     max_new_tokens: Count = 256,
+    temperature: NotNegative = 0.0,
+    top_p: Positive = 1.0,
+    top_k: int = 0,
+    seed: Seed = 0,
     allow_untrained: bool = False,
     allow_other_base: bool = False,
 ) -> None:
@@ -27,18 +32,25 @@ def chat(
         adapter: an adapter's folder, to go on the model.
         template: the prompt template; by default the adapter's own, or chat for a bare model that has one.
         max_new_tokens: the longest answer, in tokens.
+        temperature: 0 takes the most probable token; above 0, tokens are drawn, the more evenly the higher it is.
+        top_p: draw from the most probable tokens that together have this probability.
+        top_k: draw from so many most probable tokens; 0 for all.
+        seed: of the random numbers, for the first question; the next one's is larger by one.
         allow_untrained: talk to an adapter that does nothing, too.
         allow_other_base: put an adapter on other weights than those that it was trained on, too.
 
     Raises:
-        RequestError: the model or the adapter cannot be loaded, or the template does not fit the tokenizer.
+        RequestError: the model or the adapter cannot be loaded, the template does not fit the tokenizer, or the numbers
+            of the sampling make no sense.
     """
     from llm_adapters.generation import generator as generation
+    from llm_adapters.generation.sampling_params import SamplingParams
     from llm_adapters.generation.streaming import TextStream
     from llm_adapters.models import loading as models
     from llm_adapters.models.untrained import check_trained
     from llm_adapters.tasks.templates import encode_prompt, render_prompt, response_of
 
+    sampling = SamplingParams(temperature, top_p, top_k, seed=seed)
     loaded = models.load(model, adapter, allow_other_base=allow_other_base)
     if not allow_untrained:
         check_trained(loaded.model, str(loaded.adapter))
@@ -67,5 +79,7 @@ def chat(
             def show_token(_: int, token: int, stream: TextStream = stream) -> None:
                 show(harmless(stream.add(token)))
 
-            for _, answer in generator.generate([ids], show_token):
+            for _, answer in generator.generate([ids], show_token, **dataclasses.asdict(sampling)):
                 print(harmless(stream.finish(answer.text)), flush=True)
+            if not sampling.greedy:  # a question that is asked again is answered anew
+                sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from llm_adapters.compat.jsonargparse import Count
+from llm_adapters.compat.jsonargparse import Count, NotNegative, Positive, Seed
 from llm_adapters.errors import RequestError
 from llm_adapters.tasks.answers import ProtocolName
 from llm_adapters.tasks.templates import TemplateName
@@ -27,11 +27,11 @@ def evaluate(
     check_invariance: int = 0,
     allow_untrained: bool = False,
     allow_other_base: bool = False,
-    samples: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    samples: Count = 1,
+    temperature: NotNegative = 0.0,
+    top_p: Positive = 1.0,
     top_k: int = 0,
-    seed: int = 0,
+    seed: Seed = 0,
     html: bool = False,
     json: bool = False,
 ) -> None:

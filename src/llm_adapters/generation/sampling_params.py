@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from llm_adapters.errors import RequestError
 
+MAX_SAMPLES = 16_384
+MAX_TOP_K = 2**31 - 1
 MAX_SEED = 2**63 - 1
 
 
@@ -40,10 +42,10 @@ class SamplingParams:
             )
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p={self.top_p} is no probability above 0: give up to 1, which keeps all tokens.")
-        if self.top_k < 0:
-            raise RequestError(f"top_k={self.top_k} is too small: give 1 or more, or 0, which keeps all tokens.")
-        if self.n < 1:
-            raise RequestError(f"{self.n} samples are too few: give 1 or more.")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise RequestError(f"top_k={self.top_k} is out of range: give 1 to 2^31 - 1, or 0, which keeps all tokens.")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise RequestError(f"{self.n} samples cannot be asked for: give 1 to {MAX_SAMPLES:,}.")
         if not 0 <= self.seed <= MAX_SEED:
             raise RequestError(f"seed={self.seed} is out of range: give 0 to 2^63 - 1.")
         if self.greedy and self.n > 1:

@@ -107,19 +107,14 @@ def _probabilities(
         by_segment.div_(scores.softcap).tanh_().mul_(scores.softcap)
     by_segment.add_(mask.bias(products.dtype)[:, None, rows, : key.shape[1]])
     if scores.alibi_slopes is not None:
-        by_segment.add_(alibi(mask, scores.alibi_slopes, products.dtype)[:, rows, : key.shape[1]])
+        by_segment.add_(alibi(mask, scores.alibi_slopes, rows, key.shape[1]))
     return torch.softmax(products, -1)
 
 
-def alibi(mask: CausalMask, slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The linear bias of every segment of `mask`, (num_heads, padded_length, prefix + padded_length)."""
-
-    def make() -> torch.Tensor:
-        columns = torch.arange(mask.prefix + mask.padded_length, device=slopes.device)
-        distance = columns - columns[mask.prefix :, None]
-        return (slopes[:, None, None] * distance).to(dtype)
-
-    return mask.cached(("alibi", slopes, dtype), make)
+def alibi(mask: CausalMask, slopes: torch.Tensor, rows: slice, columns: int) -> torch.Tensor:
+    """The linear bias of some `rows` of every segment over its first `columns`, (num_heads, rows, columns), float32."""
+    places = torch.arange(columns, device=slopes.device)
+    return slopes[:, None, None] * (places - places[mask.prefix :, None][rows])
 
 
 def _gradients(

@@ -35,10 +35,9 @@ def sampled_scores(
 
 
 def scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Logits divided by the temperature, less the largest, so that no temperature is too small; float32."""
-    logits = logits.float()
-    tiny = torch.finfo(torch.float32).tiny
-    return (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=tiny)
+    """Logits divided by the temperature, less the largest, so that no temperature is too small or large; float32."""
+    logits, limits = logits.float(), torch.finfo(torch.float32)
+    return (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(limits.tiny, limits.max)
 
 
 def filtered(scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,8 @@ def _with_dropout(
     def drop_and_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: CausalMask) -> torch.Tensor:
         bias = mask.bias(query.dtype)[:, None]
         if scores.alibi_slopes is not None:
-            bias = bias + alibi(mask, scores.alibi_slopes, query.dtype)
+            whole = slice(0, mask.padded_length)
+            bias = bias + alibi(mask, scores.alibi_slopes, whole, key.shape[1]).to(query.dtype)
         products = torch.bmm(query, key.transpose(1, 2)) * scores.scale
         if scores.softcap is not None:
             products = torch.tanh(products / scores.softcap) * scores.softcap

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_adapters.training.recipe import Recipe as Recipe
     from llm_adapters.training.recipe import load_recipe as load_recipe
     from llm_adapters.training.run import Run as Run
+    from llm_adapters.training.run import finished_run as finished_run
     from llm_adapters.training.run import train as train
 
 _PUBLIC = {
@@ -23,10 +24,11 @@ _PUBLIC = {
     "Interrupted": "llm_adapters.errors",
     "Recipe": "llm_adapters.training.recipe",
     "Run": "llm_adapters.training.run",
+    "finished_run": "llm_adapters.training.run",
     "load_recipe": "llm_adapters.training.recipe",
     "train": "llm_adapters.training.run",
 }
 
-__all__ = ["Collator", "FastPaths", "Interrupted", "Recipe", "Run", "load_recipe", "train"]
+__all__ = ["Collator", "FastPaths", "Interrupted", "Recipe", "Run", "finished_run", "load_recipe", "train"]
 
 __getattr__, __dir__ = lazy(__name__, _PUBLIC)
