@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 from torch.distributed import HashStore
+from transformers import TrainerControl, TrainerState
 
 from llm_adapters import processes
 from llm_adapters.errors import RequestError, WorkError
+from llm_adapters.training.trainer import StopOnSignal
 
 
 @pytest.fixture
@@ -72,3 +74,27 @@ def test_what_cannot_be_sent_is_an_error_of_the_others(as_process: Any) -> None:
     as_process(1)
     with pytest.raises(WorkError, match="cannot be sent"):
         processes.once(forbidden)
+
+
+def test_all_processes_stop_after_the_same_step(as_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopOnSignal, "_numbers", itertools.repeat(1))
+    first, second = StopOnSignal(), StopOnSignal()
+    state, control = TrainerState(max_steps=20), TrainerControl()
+
+    def stops(rank: int, stop: StopOnSignal, step: int) -> bool:
+        as_process(rank)
+        state.global_step, control.should_training_stop = step, False
+        stop.on_step_end(None, state, control)  # type: ignore[arg-type]
+        assert stop.stopped == control.should_training_stop == control.should_save
+        return stop.stopped
+
+    assert not stops(0, first, 4)
+    first.received = 15  # only one of them hears of it, or the other a little later
+    assert not stops(0, first, 5)
+    assert not stops(1, second, 6)  # which is ahead
+    second.received = 15
+    assert not stops(0, first, 6)
+    assert not stops(1, second, 7)
+    assert not stops(0, first, 7)
+    assert stops(1, second, 8)
+    assert stops(0, first, 8)

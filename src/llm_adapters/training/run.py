@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llm_adapters import methods, processes
+from llm_adapters import architectures, methods, processes
 from llm_adapters.errors import Interrupted, RequestError, WorkError
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.files import LOCK, refuse_links, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load, load_base, model_config
 from llm_adapters.models.insertion import insert
 from llm_adapters.models.quantization import Quantization, check_method, check_optimizer
+from llm_adapters.models.rope import independent_length
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
@@ -155,11 +156,6 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
         check_method(row.name, row.peft_type)
         quantization.require()
     check_optimizer(recipe.training.optimizer)
-    if recipe.model.dtype == "float16":
-        raise RequestError(
-            "model.dtype is float16, in which the gradients of many layers vanish: train in bfloat16, or in float32 "
-            "where the hardware has no bfloat16 (auto chooses between them). Evaluation takes float16"
-        )
     _check_trackers(recipe)
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
@@ -168,6 +164,7 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
     seed, context = recipe.training.seed, context_length(base.model)
     data = prepare(examples, base.tokenizer, recipe.data, seed, context, embeddings)
     config = methods.adapter_config(recipe.adapter.method, base.model, **recipe.adapter.options)
+    _check_effect(config, base.model)
     set_seed(recipe.training.seed)  # before the adapter's initial weights are drawn
     model = insert(base.model, config)
     _check_trainable(model)
@@ -223,6 +220,21 @@ def _begin(run: RunFolder, recipe: Recipe, base: LoadedModel, data: TrainingData
     return begun
 
 
+def _check_effect(config: Any, model: Any) -> None:
+    """See that no option leaves an adapter without effect, or is obeyed in part."""
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name in ("lora_alpha", "alpha", "scaling") and value == 0:
+            raise RequestError(f"adapter.options.{name} is 0, which takes away all effect of the adapter")
+        if "dropout" in name and not 0 <= value < 1:
+            raise RequestError(f"adapter.options.{name} is {value}: a probability from 0 to below 1 is allowed")
+    if config.is_prompt_learning and config.num_virtual_tokens < 1:
+        raise RequestError(f"adapter.options.num_virtual_tokens is {config.num_virtual_tokens}: it must be at least 1")
+    if config.is_prompt_learning and config.num_layers != (own := architectures.text_config(model).num_hidden_layers):
+        raise RequestError(f"adapter.options.num_layers is {config.num_layers}, and the model has {own}: leave it out")
+
+
 def _check_trainable(model: "PeftModel") -> None:
     if not any(weight.numel() for weight in checkpoints.trainable(model).values()):
         raise RequestError("the adapter has no trainable parameter: see that its options leave it a size")
@@ -251,12 +263,18 @@ def _fit(
     t = recipe.training
     checkpoint = processes.once(lambda: checkpoints.latest(folder)) if resumes else None
     arguments.eval_on_start = bool(data.validation) and checkpoint is None
+    micro_batch_size = t.micro_batch_size
+    if (limit := independent_length(model)) is not None and data.longest > limit:
+        micro_batch_size = 1
+        told = f"each example alone: the rotary positions depend on the longest row where that is over {limit} tokens"
+        fast_paths.report["micro-batches"] = told
+        logger.warning("micro-batches: %s", told)
     stop = StopOnSignal()
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(
-            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, t.micro_batch_size, base.device
+            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, micro_batch_size, base.device
         ),
         sizes=micro_batches,
         train_dataset=data.train,
