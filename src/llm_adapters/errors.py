@@ -87,6 +87,12 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
 _TORCH_WRITER = re.compile("unexpected pos|PytorchStreamWriter failed|write failed")  # its zip file did not get out
 
 
+def is_full(error: BaseException) -> bool:
+    """True if `error` says, in whoever's words, that the disk is full."""
+    found = _system_error(error)
+    return found is not None and found.errno in _FULL
+
+
 def _system_error(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error

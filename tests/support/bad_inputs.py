@@ -417,13 +417,11 @@ def command_lines(rng: random.Random) -> Iterator[Case]:
                 name = f"{verb} word {at} {what}"
                 if words[at].startswith("--"):
                     continue
-                yield Case(
-                    "command line",
-                    name,
-                    (*words[:at], value, *words[at + 1 :], *given),
-                    what not in ("dots", "not there", "markup") or None,
-                    loop,
-                )
+                taken = ["dots", "not there", "markup"]  # of an output they are fine
+                taken += ["not text"] if words[at] == OUT else []
+                taken += ["a file"] if value == words[at] else []
+                spoilt = (*words[:at], value, *words[at + 1 :], *given)
+                yield Case("command line", name, spoilt, what not in taken or None, loop)
         for _ in range(12):
             letters = list(verb + " " + " ".join(words[len(verb.split()) :]))
             at = rng.randrange(len(letters))
