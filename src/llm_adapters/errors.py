@@ -56,6 +56,8 @@ def from_system(error: BaseException) -> RequestError | WorkError | None:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory"):
         return RequestError("a path begins with ~ and the name of nobody here: check it")  # of Path.expanduser
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve
+        return RequestError(f"a path leads through a link to itself: {first_line(error)}")
     found = _system_error(error)
     if found is None:
         return None
