@@ -1,12 +1,15 @@
 """How fast are adapters trained on a GPU? Prints a table, or one JSON document with --json.
 
     python benchmarks/gpu_training.py --json --models 7b 1b --methods lora series parallel
-    python benchmarks/gpu_training.py --models tiny --steps 4    # tries the script, on any machine
+    python benchmarks/gpu_training.py --json --jobs all --data IDS     # everything below, in one call
+    python benchmarks/gpu_training.py --jobs all --tiny --steps 4      # tries the script, on any machine
 
-The job: a Llama of the named shape with random bfloat16 weights (nothing is downloaded), GSM8K's token ids or, without
---data, random ids in GSM8K's lengths (at most 256 tokens, mean about 172, a shared prefix of 24, labels on the second
-half), 16 examples an optimiser step, AdamW. LoRA r=32, alpha=64, dropout 0.05 on q, k, v, up and down; series and
-parallel adapters of size 256 on the MLP.
+The job: a model of the named shape (Llama's, BLOOM's or GPT-J's) with random bfloat16 weights (nothing is downloaded),
+GSM8K's token ids or, without --data, random ids in GSM8K's lengths (at most 256 tokens, mean about 172, a shared prefix
+of 24, labels on the second half), 16 examples an optimiser step, AdamW. LoRA r=32, alpha=64, dropout 0.05 on q, k, v,
+up and down (on BLOOM and GPT-J, the linear layers of the paper's recipes); series and parallel adapters of size 256 on
+the MLP. `JOBS` has, by name, what one call measures: further shapes, 64 examples, long rows, checkpointing, quantised
+bases.
 
 Measured: real tokens (no padding) a second between two synchronised clocks after some steps, the device's peak memory,
 and the first and the last loss. Each contestant runs in a process of its own.
@@ -36,35 +39,93 @@ SHAPES: dict[str, tuple[int, ...]] = {  # hidden, intermediate, layers, heads, k
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "135m": (576, 1536, 30, 9, 3, 49152),
+    "bloom-7b1": (4096, 16384, 30, 32, 32, 250880),
+    "gptj-6b": (4096, 16384, 28, 16, 16, 50400),
     "tiny": (64, 128, 2, 4, 2, 512),
 }
+FAMILIES = {"bloom-7b1": "bloom", "gptj-6b": "gptj"}  # the others are Llamas
+LORA_TARGETS = {  # as in the paper's recipes
+    "llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "bloom": ["query_key_value", "dense_4h_to_h", "dense_h_to_4h"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "fc_in", "fc_out"],
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "7b-lora": {"model": "7b", "peers": ["no_graphs", "padded", "padding_free"]},
+    "7b-series": {"model": "7b", "method": "series"},
+    "7b-parallel": {"model": "7b", "method": "parallel"},
+    "7b-lora-64": {"model": "7b", "batch": 64, "steps": 12, "peers": ["padding_free"]},
+    "7b-nf4": {"model": "7b", "quantization": "nf4"},
+    "7b-int8": {"model": "7b", "quantization": "int8"},
+    "7b-nf4-parallel": {"model": "7b", "method": "parallel", "quantization": "nf4"},
+    "7b-2048": {"model": "7b", "length": 2048, "batch": 2, "peers": ["padding_free"]},
+    "7b-2048-checkpointing": {
+        "model": "7b", "length": 2048, "batch": 8, "steps": 12, "checkpointing": True, "peers": ["padding_free"]
+    },
+    "7b-lora-checkpointing": {"model": "7b", "checkpointing": True},
+    "bloom-7b1": {"model": "bloom-7b1", "peers": ["padded"]},
+    "gptj-6b": {"model": "gptj-6b", "peers": ["padded"]},
+    "1b": {"model": "1b", "peers": ["no_graphs", "padding_free"]},
+    "135m-64": {"model": "135m", "batch": 64, "peers": ["no_graphs", "padding_free"]},
+}  # fmt: skip
 PEERS = ("no_graphs", "padded", "padding_free")
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 IGNORED = -100
 
 
-def base_model(name: str) -> Any:
-    """A random model of the shape, in bfloat16, on the GPU if there is one."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def shape(spec: dict[str, Any]) -> tuple[int, ...]:
+    """Sizes of the model; with --tiny those of a tiny one, of the same family."""
+    return SHAPES["tiny" if spec["tiny"] else spec["model"]]
 
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[name]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        max_position_embeddings=4096,
-        tie_word_embeddings=name in ("1b", "135m"),
-        pad_token_id=0,
-    )
+
+def family(spec: dict[str, Any]) -> str:
+    """The model's family, by transformers' name."""
+    return FAMILIES.get(spec["model"], "llama")
+
+
+def config_of(spec: dict[str, Any]) -> Any:
+    """The model's config."""
+    from transformers import AutoConfig
+
+    hidden, intermediate, layers, heads, kv_heads, vocab = shape(spec)
+    sizes: dict[str, Any] = {"hidden_size": hidden, "n_layer": layers, "n_head": heads}
+    if family(spec) == "gptj":
+        sizes = {"n_embd": hidden, "n_inner": intermediate, "n_layer": layers, "n_head": heads, "n_positions": 4096}
+        sizes["rotary_dim"] = min(64, hidden // heads)
+    elif family(spec) == "llama":
+        sizes = {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": spec["model"] in ("1b", "135m"),
+        }
+    return AutoConfig.for_model(family(spec), vocab_size=vocab, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+
+
+def base_model(spec: dict[str, Any], folder: str) -> Any:
+    """A random model of the shape, in bfloat16, on the GPU if there is one; `folder` keeps it to be quantised."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
+    with device:
+        model = AutoModelForCausalLM.from_config(config_of(spec), dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
+    if not spec["quantization"]:
+        return model
+    from llm_adapters.models import Quantization
+
+    model.save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    quantization = Quantization(spec["quantization"])
+    options = {"quantization_config": quantization.config(torch.bfloat16), "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    quantization.finish(model)
     return model
 
 
@@ -155,14 +216,15 @@ def ours(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     from llm_adapters.training.graphs import MicroBatchGraphs
     from llm_adapters.training.trainer import AdapterTrainer
 
-    model = base_model(spec["model"])
+    model = base_model(spec, folder)
     options: dict[str, Any] = {"placement": ["mlp"], "bottleneck_size": 256, "bottleneck_dropout": spec["dropout"]}
     if spec["method"] == "lora":
-        options = {"r": 32, "lora_alpha": 64, "lora_dropout": spec["dropout"], "target_modules": TARGETS}
+        options = {"r": 32, "lora_alpha": 64, "lora_dropout": spec["dropout"]}
+        options["target_modules"] = LORA_TARGETS[family(spec)]
     model = get_peft_model(model, methods.adapter_config(spec["method"], model, **options))
     if spec["checkpointing"]:
         model.enable_input_require_grads()
-    rows = examples(spec["data"], SHAPES[spec["model"]][5], spec["steps"] * spec["batch"], spec["length"])
+    rows = examples(spec["data"], shape(spec)[5], spec["steps"] * spec["batch"], spec["length"])
     data = [Encoded(row["input_ids"], row["labels"], 0) for row in rows]
     meter = Meter(spec["warm_up"])
     began = time.perf_counter()
@@ -221,16 +283,17 @@ def peer(spec: dict[str, Any], folder: str) -> dict[str, Any]:
         ends, longest = kw["cu_seq_lens_q"], kw["max_length_q"]
         return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
 
-    model = base_model(spec["model"])
+    model = base_model(spec, folder)
     if flat:
         AttentionInterface.register("varlen", attention)
         AttentionMaskInterface.register("varlen", lambda *_, **__: None)
         model.set_attn_implementation("varlen")
-    lora = LoraConfig(r=32, lora_alpha=64, lora_dropout=spec["dropout"], target_modules=TARGETS, task_type="CAUSAL_LM")
+    options = {"r": 32, "lora_alpha": 64, "lora_dropout": spec["dropout"], "target_modules": LORA_TARGETS[family(spec)]}
+    lora = LoraConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     if spec["checkpointing"]:
         model.enable_input_require_grads()
-    rows = examples(spec["data"], SHAPES[spec["model"]][5], spec["steps"] * spec["batch"], spec["length"])
+    rows = examples(spec["data"], shape(spec)[5], spec["steps"] * spec["batch"], spec["length"])
 
     def padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = -(-max(len(row["input_ids"]) for row in batch) // 8) * 8
@@ -275,12 +338,14 @@ def result(spec: dict[str, Any], rows: list[Any], seconds: float, losses: list[f
 
 def flops(spec: dict[str, Any], rows: list[Any]) -> float:
     """Operations that the timed steps need, with nothing shared and nothing computed twice (design: 4 P_body + ...)."""
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[spec["model"]]
-    kv = hidden // heads * kv_heads
-    body = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate)
+    hidden, intermediate, layers, heads, kv_heads, vocab = shape(spec)
+    kv, gated = hidden // heads * kv_heads, family(spec) == "llama"
+    body = layers * (2 * hidden * hidden + 2 * hidden * kv + (3 if gated else 2) * hidden * intermediate)
     adapter = layers * 2 * 256 * hidden
     if spec["method"] == "lora":
-        sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, intermediate), (intermediate, hidden)]
+        fused = family(spec) == "bloom"
+        sizes = [(hidden, hidden + 2 * kv)] if fused else [(hidden, hidden), (hidden, kv), (hidden, kv)]
+        sizes += [(hidden, intermediate), (intermediate, hidden)]
         adapter = layers * sum(32 * (a + b) for a, b in sizes)
     lengths = [len(row["input_ids"]) for row in rows]
     labels = sum(label != IGNORED for row in rows for label in row["labels"])
@@ -319,6 +384,9 @@ def main() -> None:
     parser.add_argument("--data", help="JSON rows of input_ids and labels")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--quantization", choices=["nf4", "int8"], help="of the base (needs bitsandbytes)")
+    parser.add_argument("--jobs", nargs="+", choices=["all", *JOBS], help="these, each with its own settings, instead")
+    parser.add_argument("--tiny", action="store_true", help="every shape and job made tiny, to try the script")
     parser.add_argument("--profile", action="store_true", help="where the device's time goes, instead")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -330,20 +398,36 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     document: dict[str, Any] = {"device": device, "versions": common.versions("liger-kernel", "triton")}
     document["job"] = {key: value for key, value in vars(asked).items() if key not in ("json", "contestant", "data")}
-    shared = {key: getattr(asked, key) for key in ("batch", "length", "pack", "steps", "warm_up", "dropout", "data")}
-    shared |= {"checkpointing": asked.checkpointing, "profile": asked.profile}
-    for model in asked.models:
-        rows = document[model] = {}
-        for method in asked.methods:
-            spec = shared | {"model": model, "method": method}
-            names = ["ours", *(name for name in asked.peers if method == "lora" or name == "no_graphs")]
-            runs = {name: [] for name in names}
-            for _ in range(asked.repeats):
-                for name in names:
-                    runs[name].append(run(spec | {"contestant": name}))
-            rows[method] = summary(runs)
-            print(json.dumps({model: {method: rows[method]}}), file=sys.stderr, flush=True)
+    keys = ("batch", "length", "pack", "steps", "warm_up", "dropout", "data", "checkpointing", "quantization", "tiny")
+    shared = {key: getattr(asked, key) for key in (*keys, "profile")}
+    if asked.jobs:
+        chosen = JOBS if "all" in asked.jobs else {name: JOBS[name] for name in asked.jobs}
+        work = [(("jobs", name), {"method": "lora", "peers": asked.peers} | job) for name, job in chosen.items()]
+        document["jobs"] = {}
+    else:
+        work = [
+            ((model, method), {"model": model, "method": method, "peers": asked.peers})
+            for model in asked.models
+            for method in asked.methods
+        ]
+    for (group, name), job in work:
+        spec = shared | job
+        spec["steps"] = min(spec["steps"], shared["steps"])
+        if asked.tiny:
+            spec |= {"batch": min(spec["batch"], 4), "length": min(spec["length"], 300)}
+        peers = [peer for peer in spec.pop("peers") if spec["method"] == "lora" or peer == "no_graphs"]
+        row = document.setdefault(group, {})[name] = contestants(spec, peers, asked.repeats)
+        print(json.dumps({group: {name: row}}), file=sys.stderr, flush=True)
     print(json.dumps(document, indent=2 if not asked.json else None))
+
+
+def contestants(spec: dict[str, Any], peers: list[str], repeats: int) -> dict[str, Any]:
+    """Run ours and the peers in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *peers)}
+    for _ in range(repeats):
+        for name, found in runs.items():
+            found.append(run(spec | {"contestant": name}))
+    return summary(runs)
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

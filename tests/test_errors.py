@@ -49,6 +49,13 @@ def test_what_libraries_make_of_a_full_disk_is_known(tmp_path: Path) -> None:
         assert "Make room" in str(told)
 
 
+def test_a_link_to_itself_is_told(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((RuntimeError, OSError)) as caught:
+        (tmp_path / "loop").resolve(strict=True)
+    assert isinstance(from_system(caught.value), RequestError)
+
+
 def test_too_little_memory_is_told_with_what_was_tried() -> None:
     import torch
 

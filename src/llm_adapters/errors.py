@@ -56,6 +56,8 @@ def from_system(error: BaseException) -> RequestError | WorkError | None:
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory"):
         return RequestError("a path begins with ~ and the name of nobody here: check it")  # of Path.expanduser
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve
+        return RequestError(f"a path leads through a link to itself: {first_line(error)}")
     found = _system_error(error)
     if found is None:
         return None
@@ -85,6 +87,12 @@ _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|C
 _TRIED = re.compile(r"tried to allocate [\d.]+ \w+")
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
 _TORCH_WRITER = re.compile("unexpected pos|PytorchStreamWriter failed|write failed")  # its zip file did not get out
+
+
+def is_full(error: BaseException) -> bool:
+    """True if `error` says, in whoever's words, that the disk is full."""
+    found = _system_error(error)
+    return found is not None and found.errno in _FULL
 
 
 def _system_error(error: BaseException) -> OSError | None:

@@ -1,8 +1,10 @@
 """Files and folders that a reader never finds half written (temporary name, flush, rename), locks, and the cache."""
 
+import atexit
 import contextlib
 import contextvars
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -336,6 +338,14 @@ def cache_folder(part: str) -> Path:
     import pooch
 
     return Path(os.environ.get("LLM_ADAPTERS_CACHE") or pooch.os_cache("llm-adapters")).expanduser() / part
+
+
+@functools.cache
+def private_folder() -> Path:
+    """Folder of this process, the user's alone and gone at its end, in place of a cache that cannot be written."""
+    folder = tempfile.mkdtemp(prefix="llm-adapters-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -171,6 +171,8 @@ def adapter_config(method: str, model: "nn.Module", **options: Any) -> "PeftConf
     if row.model_options is not None and not {"target_modules", "target_parameters"} & {
         k for k, v in options.items() if v
     }:
+        if options.get("target_modules") is not None:
+            raise RequestError("target_modules is empty: name modules, or leave it out for the usual ones")
         values = {**row.model_options(model), **{k: v for k, v in values.items() if k != "target_modules"}}
         if values.get("target_modules") == []:
             raise RequestError(

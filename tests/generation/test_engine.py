@@ -233,6 +233,34 @@ def test_a_generator_goes_on_after_an_error():
         assert dict(generator.generate(prompts)) == expected
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_prompt_that_several_requests_have_is_computed_once(num_beams, monkeypatch):
+    small_blocks(monkeypatch)
+    computed, forward_logits = [], engines.forward_logits
+
+    def noted(fast_paths, batch, tokens):
+        if batch.prefills is not None:
+            computed.append(batch.prefills.lengths)
+        return forward_logits(fast_paths, batch, tokens)
+
+    model, prompts = tiny_model("llama"), make_prompts()
+    one, other = prompts[1], prompts[2]
+    monkeypatch.setattr(engines, "forward_logits", noted)
+    monkeypatch.setattr(engines, "MAX_PREFILL_TOKENS", len(one) + len(other))
+    expected = {tuple(prompt): run(model, [prompt], num_beams=num_beams)[0].tokens for prompt in (one, other)}
+    del computed[:]
+    asked = [one, one, one, other, one, other]
+    with opened(model, num_beams=num_beams, max_num_seqs=5) as engine:
+        requests = [engine.add(prompt, max_new_tokens=NEW - at % 2) for at, prompt in enumerate(asked)]
+        found, _ = finish(engine)
+    # What comes again right after itself costs nothing; the fifth does not fit beside the two, the sixth has no slot.
+    assert computed[0] == (len(one), len(other))
+    assert sum(map(len, computed)) == 4
+    for at, (request, prompt) in enumerate(zip(requests, asked, strict=True)):
+        if num_beams == 1 or at % 2 == 0:
+            assert without_stop(found[request]) == expected[tuple(prompt)][: NEW - at % 2]
+
+
 def test_requests_of_an_engine_are_checked():
     with opened(tiny_model("llama")) as engine:
         with pytest.raises(RequestError, match="the prompt is empty"):

@@ -56,6 +56,8 @@ def test_what_is_no_pattern_is_told(option: str, pattern: str) -> None:
     ("method", "options"),
     [
         ("lora", {"target_modules": [None]}),
+        ("lora", {"target_modules": ""}),
+        ("ia3", {"target_modules": []}),
         ("lora", {"target_modules": {"a": 1}}),
         ("lora", {"rank_pattern": [3]}),
         ("lora", {"alpha_pattern": 5}),
@@ -137,6 +139,15 @@ def test_a_config_of_another_model_is_refused_before_its_layers_are_made(
     if layers > 10_000:
         with pytest.raises(RequestError, match="at most 10,000 are taken"):
             inspection.inspect(base)
+
+
+@pytest.mark.parametrize("layers", [0, -2])
+def test_a_config_without_layers_is_refused(layers: int, tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "llama")
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": layers}))
+    with pytest.raises(RequestError, match="at least 1 is needed"):
+        load_base(base, device="cpu")
 
 
 def test_a_device_that_computes_nothing_is_refused(tmp_path: Path) -> None:

@@ -304,6 +304,16 @@ def test_a_failed_conversion_leaves_nothing(conversions, tmp_path, monkeypatch):
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(conversions, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLM_ADAPTERS_CACHE", str(tmp_path / "file" / "cache"))
+    loaded = load_base("smollm2-135m")
+    assert loaded.fingerprint()
+    assert tmp_path not in loaded.path.parents
+    assert load_base("smollm2-135m").path == loaded.path
+    assert len(conversions) == 1
+
+
 def test_a_folder_of_that_name_goes_first(conversions, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny("smollm2-135m")

@@ -1,10 +1,13 @@
 """Dropout by a hash has the distribution of dropout by coins; backend and reference drop the same entries."""
 
+from typing import Any
+
 import pytest
 import torch
 from fast_path_helpers import adapted, examples, gradients
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_adapters.fast_paths import FastPaths
 from llm_adapters.ops import backends, dropout
@@ -116,3 +119,31 @@ def _loss(model: object) -> torch.Tensor:
 
 def _packed(model: object) -> torch.Tensor:
     return sum(model(**micro.arguments())["loss"] for micro in Collator(0).make_micro_batches(examples(3)))
+
+
+def test_seeds_are_drawn_together_where_that_is_asked_for() -> None:
+    x, calls = torch.ones(3), []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append("randint" in str(func))
+            return func(*args, **(kwargs or {}))
+
+    def seeds(count: int) -> list[int]:
+        torch.manual_seed(4)
+        return [int(dropout.sample_mask(x, 0.2)) for _ in range(count)]
+
+    with Draws():
+        assert len(set(seeds(7))) == 7
+        assert sum(calls) == 7
+        calls.clear()
+        with dropout.seeds_drawn_together():
+            found = seeds(300)
+        assert sum(calls) == 2
+    assert len(set(found)) == 300
+    with dropout.seeds_drawn_together():
+        assert seeds(300) == found  # torch's seed decides
+        with pytest.raises(RuntimeError), dropout.seeds_drawn_together():
+            raise RuntimeError("an error inside")
+        assert dropout.sample_mask(x, 0.2) not in found  # those outside go on
+    assert seeds(1) == seeds(1)

@@ -417,13 +417,11 @@ def command_lines(rng: random.Random) -> Iterator[Case]:
                 name = f"{verb} word {at} {what}"
                 if words[at].startswith("--"):
                     continue
-                yield Case(
-                    "command line",
-                    name,
-                    (*words[:at], value, *words[at + 1 :], *given),
-                    what not in ("dots", "not there", "markup") or None,
-                    loop,
-                )
+                taken = ["dots", "not there", "markup"]  # of an output they are fine
+                taken += ["not text"] if words[at] == OUT else []
+                taken += ["a file"] if value == words[at] else []
+                spoilt = (*words[:at], value, *words[at + 1 :], *given)
+                yield Case("command line", name, spoilt, what not in taken or None, loop)
         for _ in range(12):
             letters = list(verb + " " + " ".join(words[len(verb.split()) :]))
             at = rng.randrange(len(letters))
@@ -536,6 +534,7 @@ def task_files(rng: random.Random) -> Iterator[Case]:
     for what, text in NOT_JSON.items():
         yield Case("task", f"data {what}", MODEL, True, write("test.jsonl", text))
     for what, value in VALUES.items():
+        # One label of two that cannot be read is a warning.
         refused = what in (
             "null",
             "infinite",
@@ -545,7 +544,6 @@ def task_files(rng: random.Random) -> Iterator[Case]:
             "empty mapping",
             "mapping",
             "half a character",
-            "text",
             "empty text",
         )
         yield Case("task", f"label {what}", MODEL, refused or None, edit("test.jsonl", "answer", value=value))

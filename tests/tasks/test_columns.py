@@ -205,6 +205,15 @@ def test_a_mapped_column_is_not_taken_again_by_its_usual_name(tmp_path):
     assert load_file(path, {"question": "context"}) == [Example("Say it.", response="r")]
 
 
+def test_the_map_gives_a_column_to_one_field(tmp_path):
+    path = write(tmp_path, "a.json", json.dumps([{"q": "1?", "r": "2", "x": "3"}]))
+    assert load_file(path, {"question": "q", "response": "r", "answer": "r"}) == [
+        Example("1?", response="2", answer="2")
+    ]
+    with pytest.raises(RequestError, match="gives 'q' to question and to input"):
+        load_file(path, {"question": "q", "input": "q", "response": "r"})
+
+
 def test_what_to_type_is_shown_where_no_usual_name_fits(tmp_path):
     path = write(tmp_path, "a.tsv", "Frage\tgute Antwort\n1?\t2\n")
     shown = r"question and the response.*--data\.columns '\{question: Frage, response: \"gute Antwort\"\}'"

@@ -42,6 +42,7 @@ def test_mappings_files_and_objects_give_the_same_recipe(tmp_path: Path) -> None
         ({"data": {"validation": 1.5}}, "validation is 1.5"),
         ({"training": {"keep_best": True}}, "keep_best needs a validation split"),
         ({"training": {"trackers": ["aim"]}}, "aim"),
+        ({"model": {"dtype": "float16"}}, "train in bfloat16"),
         ({"training": {"max_grad_norm": None}}, r"training.max_grad_norm has no value \(null\)"),
         ({"evaluation": {"tasks": None}}, r"evaluation.tasks has no value \(null\)"),
         ({"training": {"warmup": float("inf")}}, "warmup must be a number that is at least 0, not 'inf'"),

@@ -1,5 +1,6 @@
 """Whole training runs on tiny models: learning, the run folder, resuming, and what is refused beforehand."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -194,6 +195,19 @@ def test_gradient_checkpointing_changes_no_loss(models: dict[str, Path], tmp_pat
     again = train(small(models["bloom"], training={"gradient_checkpointing": True}), tmp_path / "again", progress=False)
     for one, two in zip(plain.log, again.log, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+def test_what_is_computed_again_drops_the_same(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer's draw is then one of torch's own, as it goes back to them; with the same draws, the same weights."""
+    dropping = {"method": "series", "options": {"bottleneck_size": 8, "bottleneck_dropout": 0.3}}
+    recipe = small(models["llama"], adapter=dropping, training={"gradient_checkpointing": True})
+    again = train(recipe, tmp_path / "again", progress=False)
+    monkeypatch.setattr("llm_adapters.ops.dropout.seeds_drawn_together", contextlib.nullcontext)
+    plain = train(small(models["llama"], adapter=dropping), tmp_path / "plain", progress=False)
+    for name, weight in weights(plain.adapter).items():
+        torch.testing.assert_close(weights(again.adapter)[name], weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -207,13 +207,14 @@ class Engine:
             return []
         # 2. Propose: the last token of each running request, and draft tokens after it.
         proposed = self._strategy.propose(decoding) if decoding else []
-        # 3. Forward: all of these tokens and the new prompts, in one row.
-        *logits, prompt_logits = self._forward(proposed, prefills, adapter)
+        # 3. Forward: all of these tokens and the new prompts, in one row; a prompt that several have is computed once.
+        sources = self._sources(prefills)
+        *logits, prompt_logits = self._forward(proposed, list(dict.fromkeys(sources)), adapter)
         # 4. Verify and append: drafts are kept as far as the model agrees; one more token in any case.
         for (slots, input_tokens), part in zip(proposed, logits, strict=True):
             self._advance(slots, input_tokens, part)
         if prefills:
-            self._begin(prefills, prompt_logits)
+            self._begin(prefills, sources, prompt_logits)
         # 5. Retire: requests that have ended free their slots and blocks.
         outputs = self._retire()
         if not any(self._waiting.values()):
@@ -244,13 +245,19 @@ class Engine:
         for slot in (slot for slot in range(self.max_num_seqs) if slot not in self._running):
             if not queue or (barrier is not None and queue[0].request_id >= barrier):
                 break
-            size = len(queue[0].prompt) - len(self._prefix)
+            again = bool(prefills) and queue[0].prompt == self._running[prefills[-1]].prompt
+            size = 0 if again else len(queue[0].prompt) - len(self._prefix)
             if len(self._running) >= self.max_num_seqs or (prefills and budget < size):
                 break
             self._running[slot] = queue.popleft()
             budget -= size
             prefills.append(slot)
         return prefills, adapter
+
+    def _sources(self, slots: list[int]) -> list[int]:
+        """For each slot whose request begins, the first one with the same prompt."""
+        first: dict[tuple[int, ...], int] = {}
+        return [first.setdefault(tuple(self._running[slot].prompt), slot) for slot in slots]
 
     def _grow(self) -> None:
         """Make the cache large enough for the largest requests that may ever run together: none meets its end."""
@@ -303,7 +310,7 @@ class Engine:
 
         Args:
             proposed: slots and their input tokens, for each number of query tokens.
-            prefills: the slots whose requests begin.
+            prefills: the slots whose prompts are computed.
             adapter: of these.
 
         Returns:
@@ -328,7 +335,7 @@ class Engine:
         return [*found, prompts]
 
     def _prefill_pack(self, prefills: list[int]) -> tuple[Pack | None, list[int] | None]:
-        """The prompts of the requests that begin, and the first sequence of each."""
+        """The prompts that are computed, and the first sequence of each."""
         if not prefills:
             return None, None
         pack = Pack.of([self._running[slot].prompt for slot in prefills], len(self._prefix), self._device)
@@ -384,9 +391,23 @@ class Engine:
             shortest = min(len(self._running[slots[row]].prompt) for row in changed) - len(self._prefix)
             self.cache.copy(source[moved], seqs[moved], num_blocks(shortest + 1) - 1)
 
-    def _begin(self, slots: list[int], logits: torch.Tensor) -> None:
-        """The first token of requests whose prompts have been computed; all beams get a copy of the prompt."""
+    def _begin(self, slots: list[int], sources: list[int], logits: torch.Tensor) -> None:
+        """The first token of requests that begin; requests with the same prompt, and all beams, get a copy of it.
+
+        Args:
+            slots: the slots.
+            sources: for each the slot whose prompt has been computed.
+            logits: what follows each prompt that has been computed, (prompts, vocabulary).
+        """
         requests = [self._running[slot] for slot in slots]
+        copies = [(source, slot) for source, slot in zip(sources, slots, strict=True) if source != slot]
+        if copies:
+            rows = {slot: row for row, slot in enumerate(dict.fromkeys(sources))}
+            logits = logits[torch.tensor([rows[source] for source in sources], device=self._device)]
+            for _, slot in copies:
+                self.cache.reserve(self._seqs(slot)[0], len(self._running[slot].prompt) - len(self._prefix))
+            source_seqs, seqs = torch.tensor(copies, device=self._device).mul(self._strategy.num_beams).unbind(1)
+            self.cache.copy(source_seqs, seqs)
         limits, sampling = [r.max_new_tokens for r in requests], [r.sampling for r in requests]
         self._strategy.begin(slots, limits, sampling, logits)
         first = torch.tensor([self._seqs(slot)[0] for slot in slots], device=self._device)

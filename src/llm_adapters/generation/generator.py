@@ -17,6 +17,7 @@ from llm_adapters.errors import RequestError, unknown
 from llm_adapters.generation.sampling_params import SamplingParams
 from llm_adapters.models import context_length
 from llm_adapters.models.memory import free_memory
+from llm_adapters.models.rope import independent_length
 from llm_adapters.models.starts import check_base
 
 if TYPE_CHECKING:
@@ -215,11 +216,47 @@ class Generator:
             if index not in skipped
             for sample in range(n)
         ]
+        groups = self._of_one_length(requests)
+        dependent = {request for group in groups for request in group}
+        if dependent and self.adapters is not None:
+            raise RequestError(
+                f"{len(dependent)} prompts are too long for several adapters in one batch: the model's rotary "
+                "positions depend on the longest row. Ask one adapter after the other."
+            )
+        answer = self._by_transformers if self._fast_paths is None else self._by_engine
+        yield from self._answered(answer, [request for request in requests if request not in dependent], on_token)
+        for group in groups:
+            yield from self._answered(self._by_transformers, group, on_token)
+
+    def _of_one_length(self, requests: list[_Request]) -> list[list[_Request]]:
+        """Groups of the requests that change how the rows beside them are computed, each group of one length."""
+        from llm_adapters.fast_paths.routing import prompt_learning
+
+        limit = independent_length(self.model)
+        if limit is None:
+            return []
+        virtual = getattr(prompt_learning(self.model), "num_virtual_tokens", None) or 0
+        groups: dict[int, list[_Request]] = {}
+        for request in requests:
+            if len(request.prompt) + virtual + self.max_new_tokens > limit:
+                groups.setdefault(len(request.prompt), []).append(request)
+        if groups:
+            self.report["lengths"] = (
+                f"prompts and answers of more than {limit} tokens are computed with others of the same length, by "
+                "transformers: the rotary positions depend on the longest row"
+            )
+        return [groups[length] for length in sorted(groups, reverse=True)]
+
+    def _answered(
+        self,
+        answer: Callable[..., Iterator[list[tuple[_Request, list[int]]]]],
+        requests: list[_Request],
+        on_token: Callable[[int, int], None] | None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """What `answer` gives for the `requests`, in batches that fit."""
         if not requests:
             return
-        size = self.size([request.prompt for request in requests])
-        answer = self._by_transformers if self._fast_paths is None else self._by_engine
-        left = dict.fromkeys(requests)
+        size, left = self.size([request.prompt for request in requests]), dict.fromkeys(requests)
         while left:
             started = time.perf_counter()
             try:

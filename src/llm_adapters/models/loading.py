@@ -320,6 +320,8 @@ def _check_layers(config: "PreTrainedConfig", name: str, weights: int | None = N
     """Refuse more layers than there are weights, or than any model has, before they are made one by one."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     most = _MOST_LAYERS if weights is None else min(weights, _MOST_LAYERS)
+    if isinstance(layers, int) and layers < 1:
+        raise RequestError(f"the config of the model {name!r} says {layers:,} layers: at least 1 is needed")
     if isinstance(layers, int) and layers > most:
         held = f"its files hold {weights:,} weights" if weights is not None else f"at most {most:,} are taken"
         raise RequestError(

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from llm_adapters.adapter_files import ADAPTER_CONFIG
-from llm_adapters.errors import RequestError, WorkError, first_line
-from llm_adapters.files import atomic_folder, cache_folder, file_digest, is_complete, mark_complete, read_json
+from llm_adapters.errors import RequestError, first_line, is_full
+from llm_adapters.files import (
+    atomic_folder,
+    cache_folder,
+    file_digest,
+    is_complete,
+    mark_complete,
+    private_folder,
+    read_json,
+)
 from llm_adapters.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -132,19 +140,26 @@ def _converted(name: str, file: Path, config_only: bool) -> Path:
     import transformers
 
     digest = file_digest(file)
-    folder = cache_folder("models") / f"{name}-{digest[:16]}-transformers-{transformers.__version__}"
+    label = f"{name}-{digest[:16]}-transformers-{transformers.__version__}"
+    folder = cache_folder("models") / label
     if is_complete(folder):
         return folder
     if config_only:
         return file
     logger.info("converting %s to safetensors, once", file.name)
     try:
-        with atomic_folder(folder, replace=True) as made:
-            with explained(name, file), quiet():
-                _convert(file, made)
-            mark_complete(made, file=file.name, sha256=digest)
+        return _write_converted(name, file, digest, folder)
     except OSError as error:
-        raise WorkError(f"{file.name} could not be converted in {str(folder.parent)!r} ({error}).") from error
+        logger.warning("the cache cannot be written (%s): %s is converted for this process", first_line(error), name)
+    folder = private_folder() / label
+    return folder if is_complete(folder) else _write_converted(name, file, digest, folder)
+
+
+def _write_converted(name: str, file: Path, digest: str, folder: Path) -> Path:
+    with atomic_folder(folder, replace=True) as made:
+        with explained(name, file), quiet():
+            _convert(file, made)
+        mark_complete(made, file=file.name, sha256=digest)
     return folder
 
 
@@ -169,6 +184,8 @@ def explained(name: str, path: Path) -> Iterator[None]:
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # transformers and what it calls raise many kinds, all about these files
+        if is_full(error):
+            raise
         raise RequestError(f"the model {name!r} in {str(path)!r} cannot be loaded ({first_line(error)}).") from error
 
 

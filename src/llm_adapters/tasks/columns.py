@@ -125,6 +125,13 @@ def _layout(file: Path, columns: Mapping[str, str | None], present: list[str], n
             raise RequestError(f"unknown field {name!r} in the column map: choose from {', '.join(FIELDS)}.")
         if column is not None and column not in present:
             raise RequestError(f"{file} has no column {column!r} (named for the {name}). Its columns: {listed}.")
+    given: dict[str, str] = {}
+    for name, column in columns.items():
+        other = given.setdefault(column, name) if column is not None else name
+        if other != name and {other, name} != {"response", "answer"}:
+            raise RequestError(
+                f"the column map gives {column!r} to {other} and to {name}: only response and answer may share one."
+            )
     declared = {name for name, column in columns.items() if column is None}
     declared |= {usual for name in declared & set(FIELDS) for usual in USUAL_NAMES[name]}
     names = {name: column for name, column in columns.items() if column is not None}

@@ -43,6 +43,11 @@ class TrainingData:
     fingerprint: str
     reading: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, those of the validation split counted."""
+        return max(len(example.input_ids) for example in (*self.train, *self.validation))
+
     def counts(self) -> dict[str, int]:
         """Examples, tokens and labels, as the manifest reports them."""
         return {

@@ -192,9 +192,10 @@ class MicroBatchGraphs:
 
     def release(self) -> bool:
         """Give up the graphs and their memory, for when that is short; False if there are none."""
-        had = any(slot.replay is not None for slot in self._slots.values())
+        if all(slot.replay is None for slot in self._slots.values()):
+            return False
         self._stop("the device's memory was needed for more than graphs")
-        return had
+        return True
 
     def _compute(self, slot: _Slot, compute: Compute) -> None:
         function = _passes(slot, compute)

@@ -208,6 +208,11 @@ class Recipe:
             RequestError: names the key, the value and what is allowed.
         """
         t, d = self.training, self.data
+        if self.model.dtype == "float16":
+            raise RequestError(
+                "model.dtype is float16, in which the gradients of many layers vanish: train in bfloat16, or in "
+                "float32 where the hardware has no bfloat16 (auto chooses between them). Evaluation takes float16"
+            )
         if d.validation >= 1 and d.validation != int(d.validation):
             raise RequestError(f"data.validation is {d.validation}: a whole number of examples, or a share below 1")
         if d.max_length < 2:

@@ -21,6 +21,7 @@ from llm_adapters.files import LOCK, refuse_links, write_json, write_text
 from llm_adapters.models import LoadedModel, context_length, load, load_base, model_config
 from llm_adapters.models.insertion import insert
 from llm_adapters.models.quantization import Quantization, check_method, check_optimizer
+from llm_adapters.models.rope import independent_length
 from llm_adapters.models.sources import quiet
 from llm_adapters.runs import RunFolder
 from llm_adapters.tasks.catalog import load_training_data
@@ -155,11 +156,6 @@ def _train(recipe: Recipe, folder: RunFolder, resumes: bool, progress: bool) -> 
         check_method(row.name, row.peft_type)
         quantization.require()
     check_optimizer(recipe.training.optimizer)
-    if recipe.model.dtype == "float16":
-        raise RequestError(
-            "model.dtype is float16, in which the gradients of many layers vanish: train in bfloat16, or in float32 "
-            "where the hardware has no bfloat16 (auto chooses between them). Evaluation takes float16"
-        )
     _check_trackers(recipe)
     model_config(recipe.model.name)  # what can be wrong is looked for in the order of what it costs
     examples = load_training_data(recipe.data.train, recipe.data.columns)
@@ -267,12 +263,18 @@ def _fit(
     t = recipe.training
     checkpoint = processes.once(lambda: checkpoints.latest(folder)) if resumes else None
     arguments.eval_on_start = bool(data.validation) and checkpoint is None
+    micro_batch_size = t.micro_batch_size
+    if (limit := independent_length(model)) is not None and data.longest > limit:
+        micro_batch_size = 1
+        told = f"each example alone: the rotary positions depend on the longest row where that is over {limit} tokens"
+        fast_paths.report["micro-batches"] = told
+        logger.warning("micro-batches: %s", told)
     stop = StopOnSignal()
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(
-            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, t.micro_batch_size, base.device
+            base.tokenizer.pad_token_id, fast_paths.packs, micro_batches.start, micro_batch_size, base.device
         ),
         sizes=micro_batches,
         train_dataset=data.train,

@@ -4,7 +4,6 @@ It takes a second or two for each precision; the result is kept in the cache. Wh
 rights, so only a file that is theirs, that nobody else can write and that is whole is taken from there.
 """
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from llm_adapters.errors import WorkError, first_line
-from llm_adapters.files import atomic, cache_folder
+from llm_adapters.files import atomic, cache_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +82,7 @@ def _folders() -> Iterator[Path]:
             )
     except OSError as error:
         logger.warning("the cache cannot be written, kernels are compiled anew (%s)", first_line(error))
-    yield _own_folder()
-
-
-@functools.cache
-def _own_folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="llm-adapters-kernels-")  # the user's alone
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    yield private_folder()
 
 
 def _is_ours(path: Path) -> bool:

@@ -2,7 +2,8 @@
 
 It knows no linear biases (ALiBi), but products are sums: a slope beside the entries of a query, and the position beside
 those of a key, add slope * position to their product, which differs from slope * distance by what is the same for all
-keys of a query, and so changes no softmax. Both are split into parts that half precision holds exactly.
+keys of a query, and so changes no softmax. Positions are split into two parts that half precision holds exactly; the
+slopes are rounded once, which errs in proportion to the distance, as little as a rounded score does.
 """
 
 import inspect
@@ -73,15 +74,10 @@ def _with_alibi(
         pack: the pack, whose positions are below 65,536.
         slopes: (heads,), float32, before the scale.
     """
-    first = slopes.to(query.dtype)
-    second = (slopes - first).to(query.dtype)
-    third = (slopes - first - second).to(query.dtype)
-    # Every part of a slope with both parts of a position.
-    of_query = nn.functional.pad(torch.stack((first, first, second, second, third, third), -1), (0, _UNIT - 6))
+    of_query = nn.functional.pad(torch.stack((slopes, slopes), -1), (0, _UNIT - 2)).to(query.dtype)
     positions = pack.position_ids[0]
     low = positions % _SPLIT
-    both = torch.stack((positions - low, low), -1).to(key.dtype)
-    of_key = nn.functional.pad(both.repeat(1, 3), (0, _UNIT - 6))
+    of_key = nn.functional.pad(torch.stack((positions - low, low), -1), (0, _UNIT - 2)).to(key.dtype)
     tokens, num_heads, _ = key.shape
     return (
         torch.cat((query, of_query.expand(tokens, -1, -1)), -1),
