@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "400"}
 
-from common import machine, say
+from common import machine, say, versions
 
 LIMIT = 300  # seconds that a command may take
 SECTIONS: dict[str, dict[str, Any]] = {  # method -> what its recipe differs in
@@ -503,6 +503,7 @@ def main() -> int:
         "other_process_counts": counts,
         "failures": bench.failures,
         "seed": asked.seed,
+        "versions": versions("safetensors"),
         **machine(),
     }
     if not bench.failures:

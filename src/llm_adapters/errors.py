@@ -86,7 +86,7 @@ _PATH |= {errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL}
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Cannot allocate memory")
 _TRIED = re.compile(r"tried to allocate [\d.]+ \w+")
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
-_TORCH_WRITER = re.compile("unexpected pos|PytorchStreamWriter failed|write failed")  # its zip file did not get out
+_TORCH_WRITER = re.compile("unexpected pos|PytorchStreamWriter failed|write failed|iostream error")  # its zip file
 
 
 def is_full(error: BaseException) -> bool:
