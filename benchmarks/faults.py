@@ -1,12 +1,13 @@
 """Kill it, damage it, give the same command again: is the result the same, bit for bit, and is nothing left behind?
 
-    python benchmarks/faults.py [--kills 150] [--evaluation-kills 40] [--process-kills 4] [--json]
+    python benchmarks/faults.py [--kills 150] [--evaluation-kills 40] [--process-kills 4] [--full-disks 30] [--json]
 
 - Trainings of several methods are killed (SIGKILL) at random moments, often within milliseconds after a file appears
   where saves can be torn, once or several times, until the same command brings the run to its end.
 - Evaluations likewise.
 - Every file of the latest checkpoint is cut, emptied, deleted and has a bit flipped: the checkpoint is left out, with a
   word, and the one before it leads to the same bits.
+- Disks of several sizes become full at some write; once there is room, the same command ends with the same bits.
 - Trainings in two processes are killed and go on in one or three: the same up to rounding.
 
 A command runs in a forked child of this process, so that the imports are paid once. `recovered` counts the kills whose
@@ -429,6 +430,42 @@ def damaged(bench: Bench) -> dict[str, int]:
     return {"tried": tried, "same": same}
 
 
+def full_disks(bench: Bench, count: int) -> dict[str, Any]:
+    """Train on disks that are full sooner or later, then make room and give the same command again."""
+    reference = bench.reference("parallel")[0]
+    words, expected = ["train", str(bench.recipe("parallel")), "--output"], content(reference)
+    disk = bench.work / "disk"
+    disk.mkdir()
+    # Four times what is left in the end: two checkpoints, with optimiser states, lie beside what is being written.
+    pages = 4 * sum(-(-file.stat().st_size // 4096) for file in reference.rglob("*") if file.is_file()) + 24
+    full = same = 0
+    for number in range(count):
+        size = 4 * max(1, pages * (number + 1) // count)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            return {"tried": 0, "reason": "a disk of a given size needs the right to mount one"}
+        try:
+            command = Command([*words, str(disk / "run")])
+            ended = command.wait(LIMIT)
+            trouble = [] if ended else ["it has not ended"]
+            if ended and command.code:
+                full += 1
+                text = command.text()
+                trouble += [f"exit code {command.code}"] if command.code != 1 else []
+                trouble += [text[-1000:]] if "Traceback" in text or "Make room" not in text else []
+            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)  # noqa: S607
+            bench.end([*words, str(disk / "run")])
+            trouble += differences(disk / "run", expected)
+        except RuntimeError as error:
+            trouble = [str(error)]
+        if trouble:
+            bench.failed(disk / "run", what=f"disk of {size} KiB", trouble=trouble)
+        same += not trouble
+        subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+    say(f"full disks: {full} of {count} were full, {same} came to the same result")
+    return {"tried": count, "full": full, "same": same}
+
+
 def other_counts(bench: Bench, kills: int) -> dict[str, Any]:
     """Kill trainings in two processes; they go on in one or three."""
     import psutil
@@ -480,6 +517,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=150, help="of trainings")
     parser.add_argument("--evaluation-kills", type=int, default=40)
     parser.add_argument("--process-kills", type=int, default=4, help="of trainings in two processes")
+    parser.add_argument("--full-disks", type=int, default=30, help="sizes of disks that are too small")
     parser.add_argument("--methods", default="lora,series,parallel,prefix,mam,fusion")
     parser.add_argument("--no-damage", action="store_true", help="without the damaged checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -492,6 +530,7 @@ def main() -> int:
     by_method = trainings(bench, asked.methods.split(","), asked.kills)
     measured = evaluations(bench, asked.evaluation_kills)
     checkpoints = {"tried": 0, "same": 0} if asked.no_damage else damaged(bench)
+    disks = full_disks(bench, asked.full_disks)
     counts = other_counts(bench, asked.process_kills)
     parts = [*by_method.values(), measured, counts]
     result = {
@@ -500,6 +539,7 @@ def main() -> int:
         "training": by_method,
         "evaluation": measured,
         "damaged_checkpoints": checkpoints,
+        "full_disks": disks,
         "other_process_counts": counts,
         "failures": bench.failures,
         "seed": asked.seed,
