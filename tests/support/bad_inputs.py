@@ -263,7 +263,7 @@ PATHS = {
     "not there": "no/such/place",
     "not text": "a\udcffb",
     "markup": "[red]x[/b]",
-    "dots": "../" * 50 + "x",
+    "dots": "run/../" * 50 + "x",  # inside the case's own folder
 }
 
 

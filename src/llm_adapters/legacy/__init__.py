@@ -80,7 +80,7 @@ def convert(
         RequestError: `legacy_dir` is no such checkpoint, it does not fit `model`, or `out_dir` is not empty.
         WorkError: the result could not be written.
     """
-    target = Path(out_dir)
+    target = Path(out_dir).expanduser()
     check_folder(target, "the output")
     if target.exists() and any(target.iterdir()):
         raise RequestError(f"{str(target)!r} is there already and not empty: choose another folder for the result.")
