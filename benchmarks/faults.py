@@ -61,8 +61,8 @@ SAVES = (  # what appears where a save may be torn
     "checkpoints/checkpoint-*/trainable.safetensors",
     "checkpoints/checkpoint-*/optimizer.pt",
     "checkpoints/checkpoint-*/trainer_state.json",
-    "checkpoints/checkpoint-*/.complete.json.*",
-    "checkpoints/checkpoint-*/complete.json",
+    "checkpoints/checkpoint-*/.complete.*",
+    "checkpoints/checkpoint-*/complete",
     "log.jsonl",
     ".adapter.*",
     "adapter",
@@ -484,7 +484,7 @@ def other_counts(bench: Bench, kills: int) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryFile() as output:
             first = subprocess.Popen(command(2, folder), stdout=output, stderr=output)
-            patterns = ("checkpoints/checkpoint-*/optimizer.pt", "checkpoints/checkpoint-*/complete.json")
+            patterns = ("checkpoints/checkpoint-*/optimizer.pt", "checkpoints/checkpoint-*/complete")
             pattern, nth = bench.rng.choice(patterns), bench.rng.choice((1, 2, 3))
             seen: set[Path] = set()
             while first.poll() is None and len(seen) < nth:

@@ -105,7 +105,7 @@ def test_a_model_converted_by_an_earlier_version_is_complete(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"sizes": 3}'])
 def test_a_damaged_mark_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "complete.json").write_text(text)
+    (tmp_path / "complete").write_text(text)
     assert not is_complete(tmp_path)
 
 
@@ -139,4 +139,4 @@ def test_what_is_there_is_replaced_only_if_allowed_and_not_complete(tmp_path: Pa
     mark_complete(target)  # by another process, which was faster
     with atomic_folder(target, replace=True) as made:
         (made / "late").touch()
-    assert names(tmp_path) == ["complete.json", "new", "other"]
+    assert names(tmp_path) == ["complete", "new", "other"]

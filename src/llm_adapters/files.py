@@ -21,7 +21,7 @@ from llm_adapters.errors import RequestError, first_line, shortened
 
 logger = logging.getLogger(__name__)
 
-COMPLETE = "complete.json"
+COMPLETE = "complete"
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without locks say
 _EARLIER_DOCUMENT = "conversion.json"  # of converted models in earlier versions, with sizes alone

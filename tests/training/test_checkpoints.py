@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_told_and_left_out(
     whole = train(asked, tmp_path / "whole", progress=False)
     stopped = killed(asked, tmp_path / "stopped", 4)
     files = sorted(file.name for file in stopped.checkpoint(4).iterdir())
-    assert {"trainable.safetensors", "best.safetensors", "optimizer.pt", "complete.json"} <= set(files)
+    assert {"trainable.safetensors", "best.safetensors", "optimizer.pt", "complete"} <= set(files)
     for name in files:
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         shutil.copytree(stopped.path, tmp_path / "cut")
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_told_and_left_out(
         caplog.clear()
         assert_same(train(asked, tmp_path / "cut", progress=False), whole)
         assert "going on from checkpoint-2" in caplog.text
-        if (damage, name) != ("deleted", "complete.json"):  # that one looks as if it were never finished
+        if (damage, name) != ("deleted", "complete"):  # that one looks as if it were never finished
             assert "checkpoint-4 is damaged" in caplog.text
 
 
