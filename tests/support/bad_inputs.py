@@ -150,7 +150,8 @@ def tensors(file: str, change: Callable[[dict[str, Any], random.Random], Any], s
         path = folder / file
         binary = path.suffix == ".bin"
         weights = torch.load(path, weights_only=True) if binary else load_file(path)
-        weights = change(weights, random.Random(seed)) or weights
+        if (found := change(weights, random.Random(seed))) is not None:
+            weights = found
         if binary:
             torch.save(weights, path)
         else:
